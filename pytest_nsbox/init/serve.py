@@ -1,0 +1,293 @@
+"""PID 1 at work: reap every process, start what is asked for, answer when it ends.
+
+All that is imported here is imported before the fork: inside, the host's Python library may be
+out of sight.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_nsbox import wire
+from pytest_nsbox.init.users import find_user
+from pytest_nsbox.kernel import libc
+from pytest_nsbox.wire import Message
+
+
+@dataclass
+class _Child:
+    answer: int  # the socket that its end is told on
+    started: float
+
+
+@dataclass
+class Server:
+    """What PID 1 knows: its children, and who waits for them."""
+
+    children: dict[int, _Child] = field(default_factory=dict)
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.children.pop(pid, None)
+            if child is not None:
+                _answer(child.answer, _ended(status, usage, child.started))
+                os.close(child.answer)
+
+    def handle(self, message: Message, fds: list[int]) -> None:
+        """Do what a request asks. Its first descriptor is where the answer goes."""
+        answer = fds.pop(0)
+        try:
+            operation = _OPERATIONS[str(message.get("op"))]
+            if operation(self, message, fds, answer):
+                answer = -1
+        except OSError as error:
+            _answer(
+                answer,
+                {"oserror": [error.errno, error.strerror or str(error), error.filename]},
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            _answer(answer, {"error": wire.dump_error(error)})
+        finally:
+            wire.close_all(fds)
+            if answer >= 0:
+                os.close(answer)
+
+    def exec(self, message: Message, fds: list[int], answer: int) -> bool:
+        """Start a command; the first answer has its pid, the second how it ended."""
+        stdin, stdout, stderr, *others = fds
+        started = time.monotonic()
+        if message.get("tree"):
+            pid = self._exec_under_reaper(message, fds, answer)
+        else:
+            pid = _spawn(message, stdin, stdout, stderr, others)
+            _answer(answer, {"pid": pid})
+        self.children[pid] = _Child(answer, started)
+        return True
+
+    def _exec_under_reaper(self, message: Message, fds: list[int], answer: int) -> int:
+        """Start it below a reaper of its own, where every process it leaves behind stays."""
+        pid = os.fork()
+        if pid == 0:
+            status = 127
+            try:
+                status = _reaper(message, fds, answer)
+            finally:
+                os._exit(status)
+        return pid
+
+    def kill(self, message: Message, fds: list[int], answer: int) -> bool:
+        """Send a signal to a command that has not been reaped: no other can be meant."""
+        pid = int(message["pid"])
+        if pid in self.children:
+            os.kill(pid, int(message["signal"]))
+        _answer(answer, {})
+        return False
+
+    def kill_tree(self, message: Message, fds: list[int], answer: int) -> bool:
+        """SIGKILL for all that a command has started; who is left is none."""
+        root = int(message["pid"])
+        for _ in range(1000):
+            alive = _descendants(root)
+            if not alive:
+                break
+            for pid in alive:
+                _kill(pid)
+        else:
+            raise OSError(16, f"processes below {root} appear faster than they can be killed")
+        _kill(root)
+        _answer(answer, {})
+        return False
+
+    def open(self, message: Message, fds: list[int], answer: int) -> bool:
+        """open(2) inside; the descriptor comes back."""
+        path, flags = str(message["path"]), int(message["flags"])
+        if message.get("parents"):
+            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOCTTY, int(message.get("mode", 0o644)))
+        try:
+            _answer(answer, {}, fd)
+        finally:
+            os.close(fd)
+        return False
+
+    def socket(self, message: Message, fds: list[int], answer: int) -> bool:
+        """A socket of the container's network namespace."""
+        with socket.socket(int(message["family"]), int(message["type"])) as sock:
+            _answer(answer, {}, sock.fileno())
+        return False
+
+    def hosts(self, message: Message, fds: list[int], answer: int) -> bool:
+        """New names in /etc/hosts."""
+        with open("/etc/hosts", "w", encoding="utf-8") as file:
+            file.write(str(message["text"]))
+        _answer(answer, {})
+        return False
+
+
+_OPERATIONS: dict[str, Callable[[Server, Message, list[int], int], bool]] = {
+    "exec": Server.exec,
+    "kill": Server.kill,
+    "kill_tree": Server.kill_tree,
+    "open": Server.open,
+    "socket": Server.socket,
+    "hosts": Server.hosts,
+}
+
+
+def serve(launcher: socket.socket, session: socket.socket) -> None:
+    """Work until the launcher closes its end."""
+    server = Server()
+    woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    launcher.setblocking(False)
+    session.setblocking(False)
+    poll = select.poll()
+    poll.register(launcher, select.POLLIN)
+    poll.register(session, select.POLLIN)
+    poll.register(woken, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in poll.poll()}
+        if woken in ready:
+            os.read(woken, 4096)
+            server.reap()
+        # the launcher's requests come first: it may have answered the session already
+        if not _drain(launcher, server):
+            return
+        if session.fileno() in ready and not _drain(session, server, most=1):
+            poll.unregister(session)
+            session.close()
+            ready.clear()
+
+
+def _drain(sock: socket.socket, server: Server, most: int = 64) -> bool:
+    """Handle what has arrived; False at the end of file."""
+    if sock.fileno() < 0:
+        return True
+    for _ in range(most):
+        try:
+            received = wire.receive(sock)
+        except BlockingIOError:
+            return True
+        except ValueError:
+            continue
+        except OSError:
+            return False
+        if received is None:
+            return False
+        message, fds = received
+        if fds:
+            server.handle(message, fds)
+    return True
+
+
+def _answer(fd: int, message: Message, *fds: int) -> None:
+    """Answer, if anybody still waits."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            wire.send(sock, message, fds)
+        except OSError:
+            return
+
+
+def _spawn(message: Message, stdin: int, stdout: int, stderr: int, others: list[int]) -> int:
+    user = message.get("user")
+    env = {str(key): str(value) for key, value in message["env"].items()}
+    identity: dict[str, Any] = {}
+    if user is not None:
+        found = find_user(user)
+        env.setdefault("HOME", found.home)
+        if message.get("set_home"):
+            env["HOME"] = found.home
+        identity = {"user": found.uid, "group": found.gid, "extra_groups": found.groups}
+    cwd = str(message["cwd"])
+    if message.get("cwd_optional") and not os.path.isdir(cwd):
+        cwd = "/"
+    process = subprocess.Popen(
+        [str(arg) for arg in message["args"]],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=env,
+        cwd=cwd,
+        start_new_session=True,
+        pass_fds=others,
+        **identity,
+    )
+    process.returncode = 0  # it is reaped here, not by the Popen object
+    return process.pid
+
+
+def _reaper(message: Message, fds: list[int], answer: int) -> int:
+    """Run one command as the subreaper of all that descends from it (prctl(2))."""
+    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    started = time.monotonic()
+    stdin, stdout, stderr, *others = fds
+    try:
+        main = _spawn(message, stdin, stdout, stderr, others)
+    except OSError as error:
+        _answer(answer, {"oserror": [error.errno, error.strerror, error.filename]})
+        return 127
+    wire.close_all(fds)
+    _answer(answer, {"pid": main, "reaper": os.getpid()})
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, 0)
+        except ChildProcessError:
+            return 0
+        if pid == main:
+            _answer(answer, _ended(status, usage, started))
+
+
+def _ended(status: int, usage: object, started: float) -> Message:
+    return {
+        "exit": os.waitstatus_to_exitcode(status),
+        "user": getattr(usage, "ru_utime", 0.0),
+        "system": getattr(usage, "ru_stime", 0.0),
+        "peak": getattr(usage, "ru_maxrss", 0) * 1024,
+        "wall": time.monotonic() - started,
+    }
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _descendants(root: int) -> set[int]:
+    """The living processes below `root` (proc_pid_stat(5)): zombies do not count."""
+    parents: dict[int, tuple[int, str]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        parents[int(name)] = (int(fields[1]), fields[0].decode())
+    below = {root}
+    while True:
+        more = {pid for pid, (parent, _) in parents.items() if parent in below} - below
+        if not more:
+            break
+        below |= more
+    return {pid for pid in below - {root} if parents[pid][1] not in "ZX"}

@@ -1,0 +1,1 @@
+"""One file per kernel facility. Nothing here knows what a container is."""

@@ -1,0 +1,198 @@
+"""The system calls that Python does not offer. This file imports nothing of ours.
+
+Each wrapper keeps the name and the argument order of its man page, takes `str` and `int`, and
+raises `OSError` naming the call and its object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+
+# sched.h
+CLONE_NEWTIME = 0x00000080
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+# sys/mount.h
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_MOVE = 8192
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_RELATIME = 1 << 21
+MNT_DETACH = 2
+
+# sys/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_CAPBSET_DROP = 24
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+PR_GET_NO_NEW_PRIVS = 39
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECCOMP_MODE_FILTER = 2
+
+_FLAG_NAMES = {
+    value: name
+    for name, value in list(globals().items())
+    if name.startswith(("CLONE_", "MS_")) and isinstance(value, int)
+}
+
+_CAPABILITY_VERSION_3 = 0x20080522
+_SYS_CAPSET = {"x86_64": 126, "aarch64": 91, "riscv64": 91, "ppc64le": 184, "s390x": 185}
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+
+# PyDLL would hold the interpreter lock; these calls may block, so the plain loader is right.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = (
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.unshare.argtypes = (ctypes.c_int,)
+_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
+_libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
+_libc.setdomainname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
+_libc.prctl.argtypes = (ctypes.c_int,) + (ctypes.c_ulong,) * 4
+_libc.eventfd.argtypes = (ctypes.c_uint, ctypes.c_int)
+_libc.syscall.restype = ctypes.c_long
+
+
+def flag_names(flags: int) -> str:
+    """The names of the bits in `flags`, as a man page writes them: "MS_BIND|MS_REC"."""
+    names = [name for bit, name in sorted(_FLAG_NAMES.items()) if flags & bit]
+    return "|".join(names) or "0"
+
+
+def _check(result: int, operation: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{operation}: {os.strerror(number)}")
+    return result
+
+
+def _path(name: str | None) -> bytes | None:
+    return None if name is None else os.fsencode(name)
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces in `flags` for new ones (unshare(2))."""
+    _check(_libc.unshare(flags), f"unshare {flag_names(flags)}")
+
+
+def setns(fd: int, flags: int) -> None:
+    """Enter the namespaces `flags` of what `fd` refers to, a pidfd or a namespace (setns(2))."""
+    _check(_libc.setns(fd, flags), f"setns {flag_names(flags)}")
+
+
+def mount(source: str, target: str, fstype: str | None, flags: int = 0, data: str = "") -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source), os.fsencode(target), _path(fstype), flags, data.encode() or None
+    )
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(
+            number,
+            f"mount {fstype or flag_names(flags)} {source} on {target}"
+            + (f" ({data})" if data else "")
+            + f": {mount_strerror(number, fstype)}",
+        )
+
+
+def mount_strerror(number: int, fstype: str | None) -> str:
+    """What an error number of mount(2) means, where the usual text would mislead."""
+    if number == errno.ENOSPC:
+        return "the limit on mounts is reached; raise the sysctl fs.mount-max"
+    if number == errno.ENODEV and fstype:
+        return f"this kernel has no {fstype} filesystem; load its module: modprobe {fstype}"
+    if number == errno.EINVAL and fstype == "overlay":
+        return (
+            "the overlay was refused: an upper directory on overlayfs, "
+            "or a lower directory with locked mounts below it"
+        )
+    if number == errno.ELOOP:
+        return "a symbolic link stands where a mount point is needed"
+    return os.strerror(number)
+
+
+def umount2(target: str, flags: int = 0) -> None:
+    """umount2(2); umount(2) would take the flags and lose them."""
+    _check(_libc.umount2(os.fsencode(target), flags), f"umount {target}")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_PIVOT_ROOT[platform.machine()]),
+        ctypes.c_char_p(os.fsencode(new_root)),
+        ctypes.c_char_p(os.fsencode(put_old)),
+    )
+    _check(result, f"pivot_root {new_root} {put_old}")
+
+
+def sethostname(name: str) -> None:
+    """sethostname(2)."""
+    text = name.encode()
+    _check(_libc.sethostname(text, len(text)), f"sethostname {name!r}")
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2)."""
+    return _check(_libc.prctl(option, arg2, arg3, arg4, arg5), f"prctl {option} {arg2}")
+
+
+def set_process_name(name: str) -> None:
+    """The name that ps(1) shows for the calling process, at most 15 bytes (PR_SET_NAME)."""
+    text = ctypes.create_string_buffer(name.encode()[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(text))
+
+
+def eventfd(initial: int = 0, flags: int = os.O_CLOEXEC) -> int:
+    """eventfd(2): a counter that poll(2) can wait for."""
+    return _check(_libc.eventfd(initial, flags), "eventfd")
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the capabilities of the calling thread, each a bit mask (capset(2))."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    words = []
+    for shift in (0, 32):
+        words += [mask >> shift & 0xFFFFFFFF for mask in (effective, permitted, inheritable)]
+    data = ctypes.create_string_buffer(struct.pack("=6I", *words))
+    result = _libc.syscall(ctypes.c_long(_SYS_CAPSET[platform.machine()]), header, data)
+    _check(result, "capset")
+
+
+def seccomp_set_filter(program: bytes) -> None:
+    """Filter the calling thread's system calls from here on by a BPF program (seccomp(2)).
+
+    `program` is the packed array of `struct sock_filter`.
+    """
+    code = ctypes.create_string_buffer(program, len(program))
+    prog = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
+    fprog = ctypes.create_string_buffer(prog, len(prog))
+    _check(
+        _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog), 0, 0),
+        "prctl PR_SET_SECCOMP",
+    )

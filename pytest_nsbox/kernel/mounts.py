@@ -1,0 +1,344 @@
+"""Steps that make a file tree: each is data, says what it will do, and does it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel.libc import (
+    MNT_DETACH,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+)
+
+
+class Step(Protocol):
+    """One thing to do while a container is built. `do` raises OSError."""
+
+    def describe(self) -> str: ...
+    def do(self) -> None: ...
+
+
+def run(steps: Iterable[Step]) -> None:
+    """Do every step in order. Raises OSError whose text names the step that failed."""
+    for step in steps:
+        try:
+            step.do()
+        except OSError as error:
+            text = error.strerror or str(error)
+            what = step.describe()
+            if not text.startswith(what):
+                text = f"{what}: {text}"
+            raise OSError(error.errno, text) from error
+
+
+@dataclass(frozen=True)
+class Mount:
+    """mount(2)."""
+
+    source: str
+    target: str
+    fstype: str | None = None
+    flags: int = 0
+    data: str = ""
+
+    def describe(self) -> str:
+        return f"mount {self.fstype or libc.flag_names(self.flags)} {self.source} on {self.target}"
+
+    def do(self) -> None:
+        libc.mount(self.source, self.target, self.fstype, self.flags, self.data)
+
+
+@dataclass(frozen=True)
+class BindMount:
+    """Show `source` at `target`. A missing target is made, of the kind that the source is."""
+
+    source: str
+    target: str
+    read_only: bool = False
+    flags: int = 0
+    recursive: bool = False
+
+    def describe(self) -> str:
+        return f"bind {self.source} on {self.target}" + (" read-only" if self.read_only else "")
+
+    def do(self) -> None:
+        make_mount_point(self.target, os.path.isdir(self.source))
+        recursive = MS_REC if self.recursive else 0
+        libc.mount(self.source, self.target, None, MS_BIND | recursive)
+        flags = self.flags | (MS_RDONLY if self.read_only else 0)
+        if flags:  # a bind mount takes its flags in a second call (mount(2))
+            # flags that the source's mount is locked to must be repeated, or it is EPERM
+            flags |= locked_flags(self.target)
+            libc.mount("none", self.target, None, MS_BIND | MS_REMOUNT | flags)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """An overlay filesystem (the kernel's Documentation/filesystems/overlayfs.rst).
+
+    `lower` has the topmost layer first. `user` keeps its marks in user.* attributes, as an
+    overlay in a user namespace must.
+    """
+
+    lower: tuple[str, ...]
+    upper: str
+    work: str
+    target: str
+    user: bool = False
+
+    def describe(self) -> str:
+        return f"mount overlay of {':'.join(self.lower)} on {self.target}"
+
+    def do(self) -> None:
+        lower = ":".join(map(escape, self.lower))
+        data = f"lowerdir={lower},upperdir={escape(self.upper)},workdir={escape(self.work)}"
+        data += ",userxattr" if self.user else ",xino=off"
+        if len(data) >= os.sysconf("SC_PAGESIZE"):
+            raise OSError(7, f"{len(self.lower)} layers do not fit into the mount's one page")
+        libc.mount("overlay", self.target, "overlay", MS_NODEV, data)
+
+
+@dataclass(frozen=True)
+class SubOverlay:
+    """The same for a filesystem mounted below the root; one that cannot be a lower layer shows
+    read-only instead (file systems without case, such as vfat, cannot be)."""
+
+    lower: str
+    scratch: str
+    target: str
+    user: bool = False
+
+    def describe(self) -> str:
+        return f"show {self.lower} copy-on-write on {self.target}"
+
+    def do(self) -> None:
+        if not os.path.isdir(self.lower):
+            BindMount(self.lower, self.target, read_only=True).do()
+            return
+        upper, work = self.scratch + "/upper", self.scratch + "/work"
+        os.makedirs(upper, exist_ok=True)
+        os.makedirs(work)
+        copy_owner(self.lower, upper)
+        make_mount_point(self.target, True)
+        try:
+            Overlay((self.lower,), upper, work, self.target, self.user).do()
+        except OSError:
+            BindMount(self.lower, self.target, read_only=True).do()
+
+
+@dataclass(frozen=True)
+class MakeDir:
+    """mkdir(2), with its parents, and exactly this mode. One that exists is left as it is."""
+
+    path: str
+    mode: int = 0o755
+
+    def describe(self) -> str:
+        return f"mkdir {self.path}"
+
+    def do(self) -> None:
+        try:
+            os.mkdir(self.path, self.mode)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            os.makedirs(self.path, exist_ok=True)
+        os.chmod(self.path, self.mode)
+
+
+@dataclass(frozen=True)
+class LikeDir:
+    """A directory with the owner and mode of another, where there is that other."""
+
+    path: str
+    like: str
+
+    def describe(self) -> str:
+        return f"mkdir {self.path} like {self.like}"
+
+    def do(self) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            copy_owner(self.like, self.path)
+
+
+@dataclass(frozen=True)
+class WriteFile:
+    """A file with this text; None of it reaches what was there before."""
+
+    path: str
+    text: str
+    mode: int = 0o644
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+    def do(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self.path, flags, self.mode)
+        try:
+            os.write(fd, self.text.encode())
+        finally:
+            os.close(fd)
+
+
+@dataclass(frozen=True)
+class MakeSymlink:
+    """symlink(2)."""
+
+    target: str
+    path: str
+
+    def describe(self) -> str:
+        return f"symlink {self.path} to {self.target}"
+
+    def do(self) -> None:
+        os.symlink(self.target, self.path)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Hide a file behind /dev/null, a directory behind an empty one; a missing one needs none."""
+
+    path: str
+    null: str
+
+    def describe(self) -> str:
+        return f"mask {self.path}"
+
+    def do(self) -> None:
+        try:
+            if os.path.isdir(self.path):
+                flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+                libc.mount("tmpfs", self.path, "tmpfs", flags, "size=0,nr_inodes=1,mode=755")
+            else:
+                libc.mount(self.null, self.path, None, MS_BIND)
+        except FileNotFoundError:
+            return
+
+
+@dataclass(frozen=True)
+class ReadOnly:
+    """Make a part of a filesystem read-only where it is; a missing one needs nothing."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"remount {self.path} read-only"
+
+    def do(self) -> None:
+        try:
+            libc.mount(self.path, self.path, None, MS_BIND)
+        except FileNotFoundError:
+            return
+        flags = MS_BIND | MS_REMOUNT | MS_RDONLY | locked_flags(self.path)
+        libc.mount("none", self.path, None, flags)
+
+
+@dataclass(frozen=True)
+class SetSysctl:
+    """A namespaced kernel parameter (proc(5), /proc/sys)."""
+
+    name: str
+    value: str
+    root: str = ""
+    optional: bool = False
+
+    def describe(self) -> str:
+        return f"sysctl {self.name}={self.value}"
+
+    def do(self) -> None:
+        path = f"{self.root}/proc/sys/{self.name.replace('.', '/')}"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if self.optional:
+                return
+            raise
+        try:
+            os.write(fd, self.value.encode())
+        finally:
+            os.close(fd)
+
+
+@dataclass(frozen=True)
+class PivotRoot:
+    """Make `new_root` the root; the old one is found at `put_old`, or is let go of if None."""
+
+    new_root: str
+    put_old: str | None = None
+
+    def describe(self) -> str:
+        return f"pivot_root {self.new_root}"
+
+    def do(self) -> None:
+        if self.put_old is not None:
+            libc.pivot_root(self.new_root, self.put_old)
+            os.chdir("/")
+            return
+        # the old root is stacked on the new one, then detached: pivot_root(2), NOTES
+        os.chdir(self.new_root)
+        libc.pivot_root(".", ".")
+        libc.umount2(".", MNT_DETACH)
+        os.chdir("/")
+
+
+def escape(path: str) -> str:
+    """A path as overlay's options want it."""
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def copy_owner(source: str, target: str) -> None:
+    """Give `target` the owner and the mode of `source`."""
+    found = os.stat(source)
+    if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+        with contextlib.suppress(PermissionError):
+            os.chown(target, found.st_uid, found.st_gid)
+    os.chmod(target, found.st_mode & 0o7777)
+
+
+def make_mount_point(path: str, directory: bool) -> None:
+    """Make sure that there is something at `path` to mount on."""
+    if directory:
+        os.makedirs(path, exist_ok=True)
+    elif not os.path.lexists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+
+
+def locked_flags(path: str) -> int:
+    """The flags that the mount at `path` has now."""
+    found = os.statvfs(path).f_flag
+    # statvfs(3) and mount(2) number these four alike
+    return found & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+
+
+@dataclass(frozen=True)
+class MountPoint:
+    """One line of /proc/PID/mountinfo (proc(5))."""
+
+    path: str
+    fstype: str
+
+
+def mount_points(pid: str = "self") -> list[MountPoint]:
+    """What is mounted in a mount namespace, outermost first, each path once."""
+    found: dict[str, MountPoint] = {}
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            before, after = line.split(" - ", 1)
+            path = before.split(" ")[4]
+            if "\\" in path:
+                path = path.encode("latin-1", "replace").decode("unicode_escape")
+            found[path] = MountPoint(path, after.split(" ", 1)[0])
+    return sorted(found.values(), key=lambda mount: mount.path)

@@ -1,0 +1,140 @@
+"""A netlink socket that sends many messages at once and checks every acknowledgement.
+
+pyroute2 knows how messages are laid out; sending them is a plain socket's work. One send for a
+whole batch costs a fraction of one exchange per message (netlink(7)).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+NLM_F_REQUEST = 0x1
+NLM_F_ACK = 0x4
+NLM_F_CREATE = 0x400
+NLM_F_EXCL = 0x200
+NLM_F_REPLACE = 0x100
+NLMSG_ERROR = 2
+
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+SOL_NETLINK = 270
+NETLINK_EXT_ACK = 11
+
+_HEADER = struct.Struct("=IHHII")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One message, ready but for its sequence number, and what it does, for people."""
+
+    what: str
+    kind: int
+    flags: int
+    payload: bytes
+    acknowledged: bool = True
+
+    def describe(self) -> str:
+        return self.what
+
+
+def encode(message: Any) -> bytes:
+    """The bytes of a pyroute2 message, without the netlink header."""
+    message.reset()
+    message.encode()
+    return bytes(message.data[_HEADER.size :])
+
+
+class Netlink:
+    """A netlink socket in the network namespace that the caller is in now."""
+
+    def __init__(
+        self, protocol: int = NETLINK_ROUTE, *, groups: int = 0, timeout: float | None = None
+    ) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
+        )
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        self._socket.bind((0, groups))
+        self._socket.settimeout(timeout)
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def wait(self) -> None:
+        """Wait for a notification of the groups joined. Raises TimeoutError."""
+        self._socket.recv(1 << 16)
+
+    def send(self, requests: Iterable[Request]) -> None:
+        """Carry out `requests` in order with one send. Raises OSError for the first refused."""
+        waiting: dict[int, Request] = {}
+        parts = []
+        for request in requests:
+            self._sequence += 1
+            parts.append(_message(request, self._sequence))
+            if request.acknowledged:
+                waiting[self._sequence] = request
+        if not parts:
+            return
+        self._socket.send(b"".join(parts))
+        first: OSError | None = None
+        while waiting:
+            for kind, sequence, body in _messages(self._socket.recv(1 << 16)):
+                request_ = waiting.pop(sequence, None)
+                if request_ is None or kind != NLMSG_ERROR:
+                    continue
+                number = -struct.unpack_from("=i", body)[0]
+                if number and first is None:
+                    first = _refusal(request_.what, number, body)
+        if first is not None:
+            raise first
+
+    def get(self, request: Request) -> bytes:
+        """The body of the one answer to a get request. Raises OSError when it is refused."""
+        self._sequence += 1
+        self._socket.send(_message(request, self._sequence))
+        while True:
+            for kind, sequence, body in _messages(self._socket.recv(1 << 16)):
+                if sequence != self._sequence:
+                    continue
+                if kind == NLMSG_ERROR:
+                    raise _refusal(request.what, -struct.unpack_from("=i", body)[0], body)
+                return body
+
+
+def _message(request: Request, sequence: int) -> bytes:
+    flags = request.flags | NLM_F_REQUEST | (NLM_F_ACK if request.acknowledged else 0)
+    length = _HEADER.size + len(request.payload)
+    padding = b"\0" * (-length % 4)
+    return _HEADER.pack(length, request.kind, flags, sequence, 0) + request.payload + padding
+
+
+def _messages(data: bytes) -> Iterable[tuple[int, int, bytes]]:
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, _flags, sequence, _ = _HEADER.unpack_from(data, offset)
+        yield kind, sequence, data[offset + _HEADER.size : offset + length]
+        offset += length + -length % 4
+
+
+def _refusal(what: str, number: int, body: bytes) -> OSError:
+    """The error of an NLMSG_ERROR, with the kernel's own words where it sends them."""
+    words = ""
+    offset = 4 + _HEADER.size  # the errno, then the refused message's header (capped)
+    refused = struct.unpack_from("=I", body, 4)[0]
+    if len(body) > offset + refused - _HEADER.size:
+        offset += refused - _HEADER.size + -refused % 4
+    while offset + 4 <= len(body):
+        length, kind = struct.unpack_from("=HH", body, offset)
+        if length < 4:
+            break
+        if kind == 1:  # NLMSGERR_ATTR_MSG
+            words = body[offset + 4 : offset + length].rstrip(b"\0").decode(errors="replace")
+        offset += length + -length % 4
+    reason = os.strerror(number) + (f" ({words})" if words else "")
+    return OSError(number, f"{what}: {reason}")

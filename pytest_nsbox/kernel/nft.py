@@ -1,0 +1,145 @@
+"""nftables over netlink: the few tables, chains and rules that NAT needs (nft(8)).
+
+A table carries the owner flag: no other process can change it, and the kernel removes it when
+the socket that made it closes.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Any
+
+from pyroute2.netlink.nfnetlink import nfgen_msg
+from pyroute2.netlink.nfnetlink.nftsocket import nft_chain_msg, nft_rule_msg, nft_table_msg
+from pyroute2.nftables.expressions import genex, masq, verdict
+
+from pytest_nsbox.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    Netlink,
+    Request,
+    encode,
+)
+
+_SUBSYS = 10 << 8  # NFNL_SUBSYS_NFTABLES
+_BATCH_BEGIN, _BATCH_END = 16, 17
+_NEWTABLE, _NEWCHAIN, _NEWRULE = _SUBSYS | 0, _SUBSYS | 3, _SUBSYS | 6
+_APPEND = 0x800
+_TABLE_OWNER = 2  # NFT_TABLE_F_OWNER
+_HOOKS = {"forward": 2, "postrouting": 4, "input": 1}
+ACCEPT, DROP = 1, 0
+PRIORITY_FILTER, PRIORITY_SRCNAT = 0, 100
+
+IIFNAME, OIFNAME = 6, 7  # NFT_META_IIFNAME, NFT_META_OIFNAME
+
+
+def _message(kind: type[Any], attrs: list[tuple[str, Any]]) -> bytes:
+    message = kind()
+    message["nfgen_family"] = socket.AF_INET
+    message["attrs"] = attrs
+    return encode(message)
+
+
+def table(name: str) -> Request:
+    """An IPv4 table that lives as long as the socket it is sent on."""
+    attrs = [("NFTA_TABLE_NAME", name), ("NFTA_TABLE_FLAGS", _TABLE_OWNER)]
+    payload = _message(nft_table_msg, attrs)
+    flags = NLM_F_CREATE | NLM_F_EXCL
+    return Request(f"nft add table ip {name} {{ flags owner; }}", _NEWTABLE, flags, payload)
+
+
+def chain(
+    table_: str, name: str, kind: str, hook: str, priority: int, policy: int = ACCEPT
+) -> Request:
+    """A base chain at a hook."""
+    attrs = [
+        ("NFTA_CHAIN_TABLE", table_),
+        ("NFTA_CHAIN_NAME", name),
+        (
+            "NFTA_CHAIN_HOOK",
+            {
+                "attrs": [
+                    ("NFTA_HOOK_HOOKNUM", _HOOKS[hook]),
+                    ("NFTA_HOOK_PRIORITY", priority),
+                ]
+            },
+        ),
+        ("NFTA_CHAIN_POLICY", policy),
+        ("NFTA_CHAIN_TYPE", kind),
+    ]
+    what = f"nft add chain ip {table_} {name} {{ type {kind} hook {hook}; }}"
+    return Request(what, _NEWCHAIN, NLM_F_CREATE | NLM_F_EXCL, _message(nft_chain_msg, attrs))
+
+
+def rule(table_: str, chain_: str, *expressions: list[Any]) -> Request:
+    """A rule at the end of a chain."""
+    attrs = [
+        ("NFTA_RULE_TABLE", table_),
+        ("NFTA_RULE_CHAIN", chain_),
+        ("NFTA_RULE_EXPRESSIONS", [expr for group in expressions for expr in group]),
+    ]
+    what = f"nft add rule ip {table_} {chain_}"
+    return Request(what, _NEWRULE, NLM_F_CREATE | _APPEND, _message(nft_rule_msg, attrs))
+
+
+def _compare(data: bytes, op: int = 0) -> Any:
+    return genex("cmp", {"sreg": 1, "op": op, "data": {"attrs": [("NFTA_DATA_VALUE", data)]}})
+
+
+def interface(key: int, name: str) -> list[Any]:
+    """Match the name of the interface a packet came in or goes out by."""
+    return [
+        genex("meta", {"key": key, "dreg": 1}),
+        _compare(name.encode().ljust(16, b"\0")),
+    ]
+
+
+def source(address: str) -> list[Any]:
+    """Match the one address a packet comes from."""
+    return [
+        genex("payload", {"dreg": 1, "base": 1, "offset": 12, "len": 4}),
+        _compare(socket.inet_aton(address)),
+    ]
+
+
+def masquerade() -> list[Any]:
+    """Give leaving packets the address of the interface they leave by."""
+    return list(masq())
+
+
+def accept() -> list[Any]:
+    return list(verdict(ACCEPT))
+
+
+class Nft:
+    """A socket whose tables live as long as it does."""
+
+    def __init__(self) -> None:
+        self._netlink = Netlink(NETLINK_NETFILTER)
+
+    def close(self) -> None:
+        self._netlink.close()
+
+    def commit(self, *requests: Request) -> None:
+        """All of `requests`, or none (a netlink batch). Raises OSError for the first refused."""
+        header = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(10))
+        begin = Request("nft batch begin", _BATCH_BEGIN, 0, header, False)
+        end = Request("nft batch end", _BATCH_END, 0, header, False)
+        self._netlink.send([begin, *requests, end])
+
+
+__all__ = [
+    "IIFNAME",
+    "OIFNAME",
+    "Nft",
+    "accept",
+    "chain",
+    "interface",
+    "masquerade",
+    "nfgen_msg",
+    "rule",
+    "source",
+    "table",
+]

@@ -1,0 +1,383 @@
+"""One container, built and taken down. The order of building is written in `build`; taking down
+is that list backwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_nsbox import wire
+from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.init.confine import Confinement
+from pytest_nsbox.init.setup import InitPlan, run_init
+from pytest_nsbox.kernel import cgroup, libc, link, mounts, namespaces, seccomp
+from pytest_nsbox.kernel.cgroup import Cgroup
+from pytest_nsbox.kernel.netlink import Request
+from pytest_nsbox.launcher import ledger, names, plan
+from pytest_nsbox.launcher.hub import Interface
+from pytest_nsbox.launcher.undo import Undo
+from pytest_nsbox.model.limits import Stats
+from pytest_nsbox.model.order import Order
+
+_PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
+_FIRST_INTERFACE = 2  # lo is 1 in every network namespace
+
+
+@dataclass
+class Container:
+    """What the launcher holds of a container."""
+
+    id: int
+    order: Order
+    undo: Undo
+    cgroup: Cgroup | None = None
+    interfaces: list[Interface] = field(default_factory=list)
+    pid: int = 0
+    pidfd: int = -1
+    init: socket.socket | None = None  # the launcher's own line to init
+    alive: bool = False
+    reason: str = ""  # why it died, where that is known
+    last: Stats | None = None  # taken before it was killed
+
+    def kill(self, reason: str) -> None:
+        """SIGKILL to PID 1; the kernel takes every other process of the namespace with it."""
+        if self.alive:
+            self.reason = self.reason or reason
+            if self.cgroup is not None and self.last is None:
+                with contextlib.suppress(OSError):
+                    self.last = self.cgroup.stats()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Wait until PID 1, and so every process of the container, is gone."""
+        if not self.alive:
+            return
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not poll.poll(_PATIENCE * 1000):
+            raise OSError(16, f"process {self.pid} does not die; it hangs in the kernel")
+        if self.cgroup is not None and self.last is None:
+            with contextlib.suppress(OSError):
+                self.last = self.cgroup.stats()
+        os.waitpid(self.pid, 0)
+        self.alive = False
+
+    def has_ended(self) -> bool:
+        return self.alive and bool(select.select([self.pidfd], [], [], 0)[0])
+
+    def state(self) -> wire.Message:
+        """What there is to say about it, dead or alive."""
+        stats = self.last
+        if self.cgroup is not None and self.alive:
+            stats = self.cgroup.stats()
+        return {
+            "alive": self.alive,
+            "reason": self.reason,
+            "stats": None if stats is None else vars(stats),
+        }
+
+
+@dataclass
+class Workshop:
+    """What every container of a session is built with."""
+
+    cgroups: cgroup.Driver | None
+    ledger: ledger.Ledger
+    layers: Path
+    host_netns: int
+    no_cgroups: str = ""  # why there are none
+
+
+def build(
+    id: int,
+    order: Order,
+    interfaces: Sequence[Callable[[], Interface]],
+    workshop: Workshop,
+    host_mounts: Sequence[mounts.MountPoint],
+) -> tuple[Container, socket.socket]:
+    """Build a container; returns it and the session's line to its init.
+
+    Raises an NsboxError, and leaves nothing, when a step fails.
+    """
+    container = Container(id, order, Undo())
+    try:
+        for join in interfaces:
+            interface = join()
+            container.interfaces.append(interface)
+            container.undo.push(f"give back {interface.ip}", interface.leave)
+        _limit(container, workshop)
+        layer = _layer_on_disk(container, workshop)
+        tree = plan.file_tree(
+            order,
+            host_mounts=host_mounts,
+            layer=layer,
+            resolv_conf=names.resolv_conf(
+                order.dns, "isolated" if _shut(container) else mode(order)
+            ),
+            hosts=names.hosts(known_names(container), order.hosts),
+            cgroups=_cgroup_mounts(container, workshop),
+        )
+        session = _fork(container, tree, workshop)
+        _wire(container)
+        _await(container, "ready")
+        for interface in container.interfaces:
+            interface.bridge.hub.netlink.settle(interface.port)
+    except OSError as error:
+        container.undo.run()
+        raise SetupError(f"container {order.name!r}: {error.strerror or error}") from error
+    except NsboxError:
+        container.undo.run()
+        raise
+    return container, session
+
+
+def mode(order: Order) -> str:
+    return "nat" if order.networks else order.network
+
+
+def _shut(container: Container) -> bool:
+    """It is on networks, and none of them has a way out."""
+    bridges = [interface.bridge for interface in container.interfaces]
+    return bool(bridges) and not any(bridge.hub.internet for bridge in bridges)
+
+
+def known_names(container: Container) -> list[tuple[str, str]]:
+    """The address and names of the container and of all it shares a network with."""
+    own = container.order
+    names_of_own = own.hostname if own.hostname == own.name else f"{own.hostname} {own.name}"
+    if not container.interfaces:
+        return [("127.0.1.1", names_of_own)]
+    found = [(container.interfaces[0].ip, names_of_own)]
+    for interface in container.interfaces:
+        for number, name in interface.bridge.members.items():
+            if number != interface.number:
+                found.append((interface.bridge.subnet.ip(number), name))
+    return found
+
+
+def _limit(container: Container, workshop: Workshop) -> None:
+    limits = container.order.limits
+    if workshop.cgroups is None:
+        asked = [name for name, value in vars(limits).items() if value is not None]
+        if asked:
+            raise UnsupportedError(f"{asked[0]}= cannot be kept: {workshop.no_cgroups}")
+        return
+    device = _device(workshop.layers) if limits.io is not None else None
+    group = workshop.cgroups.create(f"c{container.id}", limits, device)
+    container.cgroup = group
+    container.undo.push("rmdir cgroup", group.remove)
+
+
+def _device(directory: Path) -> str:
+    """The device that a directory is on, as major:minor."""
+    directory.mkdir(parents=True, exist_ok=True)
+    number = directory.stat().st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
+    """Where a memory limit is set, what is written must not count as memory: the pages of a
+    tmpfs cannot be reclaimed, so a large file would end the container. And where block I/O is
+    limited there has to be some."""
+    order = container.order
+    if order.disk is not None or (order.limits.memory is None and order.limits.io is None):
+        return None
+    path = str(workshop.layers / f"{workshop.ledger.name}-{container.id}")
+    workshop.ledger.record(ledger.LAYER, path)
+    container.undo.push("strike layer", lambda: workshop.ledger.strike(ledger.LAYER, path))
+    os.makedirs(path, mode=0o700)
+    container.undo.push(f"rm -r {path}", lambda: shutil.rmtree(path))
+    return path
+
+
+def _cgroup_mounts(container: Container, workshop: Workshop) -> list[mounts.Step]:
+    if container.cgroup is None:
+        return []
+    assert workshop.cgroups is not None
+    flags = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC | libc.MS_RDONLY
+    root = plan.NEW + "/sys/fs/cgroup"
+    if workshop.cgroups.version == 2:
+        return [mounts.Mount("cgroup", root, "cgroup2", flags)]
+    steps: list[mounts.Step] = [
+        mounts.Mount("cgroup", root, "tmpfs", flags & ~libc.MS_RDONLY, "mode=755,size=64k")
+    ]
+    for controllers in container.cgroup.hierarchies():
+        steps.append(mounts.MakeDir(f"{root}/{controllers}"))
+        steps.append(mounts.Mount("cgroup", f"{root}/{controllers}", "cgroup", flags, controllers))
+    return steps
+
+
+def confinement(order: Order) -> Confinement | None:
+    """What its processes may not do; None for a privileged container."""
+    if order.privileged:
+        return None
+    keep = frozenset(order.capabilities)
+    return Confinement(keep, seccomp.program(keep))
+
+
+def _inside_requests(container: Container) -> list[Request]:
+    requests = [link.up(link.LOOPBACK, "lo")]
+    first_out = next(
+        (i for i in container.interfaces if i.bridge.hub.internet),
+        container.interfaces[0] if container.interfaces else None,
+    )
+    for number, interface in enumerate(container.interfaces):
+        requests += interface.configure(
+            f"eth{number}", _FIRST_INTERFACE + number, gateway=interface is first_out
+        )
+    return requests
+
+
+def _fork(container: Container, tree: Sequence[mounts.Step], workshop: Workshop) -> socket.socket:
+    """Fork the launcher into PID 1 of new PID and time namespaces."""
+    order = container.order
+    flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS | libc.CLONE_NEWCGROUP
+    own_network = mode(order) != "host"
+    if own_network:
+        flags |= libc.CLONE_NEWNET
+    ours, launcher_end = wire.pair()
+    session_end, init_end = wire.pair()
+    container.init = ours
+    container.undo.push("close init's socket", ours.close)
+    procs: list[int] = []
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(launcher_end)
+        opened.enter_context(init_end)
+        if container.cgroup is not None:
+            for path in container.cgroup.procs_files():
+                procs.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+                opened.callback(os.close, procs[-1])
+        init_plan = InitPlan(
+            hostname=order.hostname,
+            namespaces=flags,
+            cgroup_procs=procs,
+            own_network=own_network,
+            netns=None if own_network else workshop.host_netns,
+            own_parent=order.userns,
+            steps=tree,
+            network=_inside_requests(container) if own_network else (),
+            confinement=confinement(order),
+        )
+        if order.userns:
+            pid = _fork_in_user_namespace(order, init_plan, launcher_end, init_end)
+        else:
+            pid = _fork_pid_1(order, init_plan, launcher_end, init_end)
+    container.pid, container.alive = pid, True
+    container.pidfd = os.pidfd_open(pid)
+    container.undo.push("close pidfd", lambda: os.close(container.pidfd))
+    container.undo.push("reap init", container.reap)
+    container.undo.push("kill init", lambda: container.kill("stopped"))
+    ours.settimeout(_PATIENCE)
+    return session_end
+
+
+def _fork_pid_1(
+    order: Order, init_plan: InitPlan, launcher_end: socket.socket, init_end: socket.socket
+) -> int:
+    """Fork the first process of new PID and time namespaces; later children are not in them."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("pid", "time"):
+            own = namespaces.open_namespace(kind)
+            stack.callback(os.close, own)
+            stack.callback(libc.setns, own, namespaces.FLAGS[kind])
+        return _fork_into_new(order, init_plan, launcher_end, init_end)
+
+
+def _fork_into_new(
+    order: Order, init_plan: InitPlan, launcher_end: socket.socket, init_end: socket.socket
+) -> int:
+    """The same, and all later children are in them, too."""
+    libc.unshare(libc.CLONE_NEWPID)
+    if order.uptime is not None:
+        libc.unshare(libc.CLONE_NEWTIME)
+        namespaces.set_uptime(order.uptime)
+    pid = os.fork()
+    if pid == 0:
+        run_init(init_plan, launcher_end, init_end)
+    return pid
+
+
+def _fork_in_user_namespace(
+    order: Order, init_plan: InitPlan, launcher_end: socket.socket, init_end: socket.socket
+) -> int:
+    """The same below a new user namespace, whose owner every other namespace must be.
+
+    A process cannot leave a user namespace again, so one between makes it, forks PID 1 and ends;
+    the launcher, a subreaper, is then PID 1's parent. All ids are mapped to themselves: files
+    keep their owners, and root inside has no capability outside.
+    """
+    ours, theirs = wire.pair()
+    with ours:
+        with theirs:
+            between = os.fork()
+            if between == 0:
+                _between(theirs, lambda: _fork_into_new(order, init_plan, launcher_end, init_end))
+        try:
+            wire.reply_of(ours)
+            for name in ("uid_map", "gid_map"):
+                with open(f"/proc/{between}/{name}", "w", encoding="ascii") as file:
+                    file.write("0 0 4294967295")
+            wire.send(ours, {})
+            return int(wire.reply_of(ours)[0]["pid"])
+        finally:
+            ours.close()
+            os.waitpid(between, 0)
+
+
+def _between(launcher: socket.socket, fork: Callable[[], int]) -> None:
+    try:
+        libc.unshare(libc.CLONE_NEWUSER)
+        wire.send(launcher, {})
+        if wire.receive(launcher) is not None:
+            wire.send(launcher, {"pid": fork()})
+    except OSError as error:
+        wire.send(launcher, {"error": wire.dump_error(error)})
+    finally:
+        os._exit(0)
+
+
+def _wire(container: Container) -> None:
+    """Put the interfaces into the container's network namespace, while init mounts."""
+    if mode(container.order) != "host":
+        fds = _await(container, "netns")
+        try:
+            for number, interface in enumerate(container.interfaces):
+                hub = interface.bridge.hub
+                hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, fds[0]))
+        finally:
+            wire.close_all(fds)
+    assert container.init is not None
+    wire.send(container.init, {"op": "wired"})
+
+
+def _await(container: Container, what: str) -> list[int]:
+    """The next word from init. Raises what it failed with."""
+    assert container.init is not None
+    try:
+        received = wire.receive(container.init)
+    except TimeoutError:
+        raise OSError(110, f"init says nothing for {_PATIENCE:.0f} s") from None
+    except ConnectionResetError:
+        received = None
+    if received is None:
+        raise OSError(104, _how_init_ended(container))
+    message, fds = received
+    if "error" in message:
+        raise SetupError(f"container {container.order.name!r}: {message['error']['text']}")
+    if message.get("op") != what:
+        raise OSError(71, f"init says {message!r} instead of {what!r}")
+    return fds
+
+
+def _how_init_ended(container: Container) -> str:
+    if container.cgroup is not None and container.cgroup.oom_kills():
+        return "init was killed: out of memory while the container was built; raise memory="
+    return "init has ended while the container was built"

@@ -1,0 +1,157 @@
+"""The private network namespaces that join containers, and the bridges in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pytest_nsbox.kernel import libc, link
+from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel.netlink import Request
+from pytest_nsbox.model.addressing import Subnet, mac
+
+UPLINK = "uplink"
+_FIRST_INDEX = 10
+
+
+class Hub:
+    """A network namespace of bridges. The constructor leaves the process inside it."""
+
+    def __init__(self, *, internet: bool) -> None:
+        self.internet = internet
+        libc.unshare(libc.CLONE_NEWNET)
+        self.netns = open_namespace("net")
+        self.netlink = link.LinkSocket()
+        self.netlink.send([link.up(link.LOOPBACK, "lo")])
+        self._next_index = _FIRST_INDEX
+        if internet:
+            _set("/proc/sys/net/ipv4/ip_forward", "1")
+        # where br_netfilter is loaded, what one container says to the next would be filtered as
+        # if it were routed
+        with contextlib.suppress(FileNotFoundError):
+            _set("/proc/sys/net/bridge/bridge-nf-call-iptables", "0")
+
+    def next_index(self) -> int:
+        """An interface index never used before: links of the dead linger while the kernel
+        takes their namespaces down."""
+        self._next_index += 1
+        return self._next_index
+
+    @contextlib.contextmanager
+    def entered(self, home: int) -> Iterator[None]:
+        """Be in this namespace for a while, then in the one that `home` refers to again."""
+        libc.setns(self.netns, libc.CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            libc.setns(home, libc.CLONE_NEWNET)
+
+    def close(self) -> None:
+        """Let go of the namespace; the kernel takes down what is in it."""
+        self.netlink.close()
+        os.close(self.netns)
+
+
+@dataclass
+class Bridge:
+    """One network: a bridge whose address is the containers' gateway."""
+
+    id: int
+    name: str
+    hub: Hub
+    subnet: Subnet
+    index: int
+    mtu: int
+    members: dict[int, str] = field(default_factory=dict)  # host number: container's name
+
+    @classmethod
+    def make(cls, id: int, name: str, hub: Hub, subnet: Subnet, mtu: int) -> Bridge:
+        index = hub.next_index()
+        device = f"br{index}"
+        hub.netlink.send(
+            [
+                link.add_bridge(index, device, mac(subnet.gateway), mtu),
+                link.add_address(index, device, subnet.gateway, subnet.ipv4.prefixlen),
+                link.add_address(index, device, subnet.gateway6, subnet.ipv6.prefixlen),
+            ]
+        )
+        return cls(id, name, hub, subnet, index, mtu)
+
+    def join(self, container: str) -> Interface:
+        """Give out an address. Raises SpecError when there is none left."""
+        number = self.subnet.take()
+        self.members[number] = container
+        return Interface(self, number, self.hub.next_index())
+
+    def remove(self) -> None:
+        self.hub.netlink.send([link.delete(self.index, f"br{self.index}")])
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One end of a container on one network."""
+
+    bridge: Bridge
+    number: int
+    port: int  # index of the veth's end in the hub
+
+    @property
+    def ip(self) -> str:
+        return self.bridge.subnet.ip(self.number)
+
+    @property
+    def ip6(self) -> str:
+        return self.bridge.subnet.ip6(self.number)
+
+    def wire(self, device: str, index: int, netns: int) -> list[Request]:
+        """What joins the container's namespace to the bridge, sent in the hub."""
+        name, address = f"veth{self.port}", mac(self.ip)
+        bridge = self.bridge
+        return [
+            link.add_veth(
+                self.port,
+                name,
+                peer=device,
+                peer_index=index,
+                peer_netns=netns,
+                peer_address=address,
+                master=bridge.index,
+                mtu=bridge.mtu,
+            ),
+            link.replace_forwarding(self.port, name, address),
+            link.replace_neighbour(bridge.index, self.ip, address),
+            link.replace_neighbour(bridge.index, self.ip6, address),
+        ]
+
+    def configure(self, device: str, index: int, *, gateway: bool) -> list[Request]:
+        """What gives the container's end its addresses, sent inside."""
+        subnet = self.bridge.subnet
+        requests = [
+            link.add_address(index, device, self.ip, subnet.ipv4.prefixlen),
+            link.add_address(index, device, self.ip6, subnet.ipv6.prefixlen),
+            link.up(index, device),
+        ]
+        if gateway:
+            requests += [
+                link.add_default_route(subnet.gateway, index),
+                link.add_default_route(subnet.gateway6, index),
+            ]
+        return requests
+
+    def leave(self) -> None:
+        self.bridge.members.pop(self.number, None)
+        self.bridge.subnet.give_back(self.number)
+
+
+def _set(path: str, value: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(value)
+
+
+def make_socket(hub: Hub, home: int, family: int, kind: int) -> socket.socket:
+    """A socket of the hub's network namespace: it stays there wherever it is used."""
+    with hub.entered(home):
+        return socket.socket(family, kind)

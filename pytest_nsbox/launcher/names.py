@@ -1,0 +1,74 @@
+"""The texts of /etc/hosts and /etc/resolv.conf (hosts(5), resolv.conf(5))."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+
+_SYSTEMD_UPSTREAM = "/run/systemd/resolve/resolv.conf"
+
+
+def hosts(names: Iterable[tuple[str, str]], extra: Mapping[str, str]) -> str:
+    """Loopback, then address and name pairs, then the user's own."""
+    lines = [
+        "127.0.0.1\tlocalhost",
+        "::1\tlocalhost ip6-localhost ip6-loopback",
+    ]
+    lines += [f"{address}\t{name}" for address, name in names]
+    lines += [f"{address}\t{name}" for name, address in extra.items()]
+    return "\n".join(lines) + "\n"
+
+
+def resolv_conf(dns: tuple[str, ...] | None, network: str) -> str:
+    """The name servers a container asks: those given, or the host's that it can reach."""
+    if dns is not None:
+        return "".join(f"nameserver {address}\n" for address in dns)
+    if network in ("none", "isolated"):
+        return "# this network has no way out, so no name server either\n"
+    text = _read("/etc/resolv.conf")
+    if network == "host" or _reachable(text):
+        return "\n".join(_kept(text, network == "host")) + "\n"
+    # a stub on the host's loopback is out of a container's reach; it names those it asks itself
+    upstream = _read(_SYSTEMD_UPSTREAM)
+    if _reachable(upstream):
+        return "\n".join(_kept(upstream, False)) + "\n"
+    return "# the host's name servers are on its loopback, out of reach from here; set dns=\n"
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _server(line: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    words = line.split()
+    if len(words) < 2 or words[0] != "nameserver":
+        return None
+    try:
+        return ipaddress.ip_address(words[1].partition("%")[0])
+    except ValueError:
+        return None
+
+
+def _reachable(text: str) -> bool:
+    return any(
+        server.version == 4 and not server.is_loopback
+        for server in map(_server, text.splitlines())
+        if server is not None
+    )
+
+
+def _kept(text: str, loopback: bool) -> list[str]:
+    """The lines that mean something inside; the uplink carries IPv4 only."""
+    lines = []
+    for line in text.splitlines():
+        server = _server(line)
+        if line.startswith("nameserver") and (
+            server is None or (not loopback and (server.is_loopback or server.version == 6))
+        ):
+            continue
+        lines.append(line)
+    return lines

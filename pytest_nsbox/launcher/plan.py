@@ -1,0 +1,291 @@
+"""The plan of a container's file tree: which steps, in which order.
+
+Everything here is computed before the fork, in the launcher; init carries it out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pytest_nsbox.kernel.libc import (
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+)
+from pytest_nsbox.kernel.mounts import (
+    BindMount,
+    LikeDir,
+    MakeDir,
+    MakeSymlink,
+    Mask,
+    Mount,
+    MountPoint,
+    Overlay,
+    PivotRoot,
+    ReadOnly,
+    SetSysctl,
+    Step,
+    SubOverlay,
+    WriteFile,
+)
+from pytest_nsbox.model.order import MountOrder, Order
+
+SCRATCH = "/tmp"  # covered, in the container's mount namespace only, by the tmpfs we work on
+OLD, NEW, LAYER = "/oldroot", "/newroot", "/layer"
+
+# filesystems that are views of the kernel, not files: never copied into a container
+KERNEL_FILESYSTEMS = frozenset(
+    "autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs fusectl "
+    "hugetlbfs mqueue nsfs proc pstore rpc_pipefs securityfs selinuxfs sysfs tracefs".split()
+)
+REPLACED = ("/proc", "/sys", "/dev", "/run", "/tmp")
+OWN_FILES = ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf")  # container engines mount these
+_ENGINES = ("/var/lib/docker", "/var/lib/containers", "/var/lib/containerd", "/snap")
+
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+MASKED = (  # as the OCI runtimes' default configuration has it
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+)
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
+
+
+def file_tree(
+    order: Order,
+    *,
+    host_mounts: Sequence[MountPoint],
+    layer: str | None,
+    resolv_conf: str,
+    hosts: str,
+    cgroups: Sequence[Step] = (),
+) -> list[Step]:
+    """The steps from the host's root to the container's.
+
+    `layer` is the directory on disk that holds what the container writes; without one it is
+    written to memory.
+    """
+    where = OLD + layer if layer else LAYER
+    own_files = OwnFiles(order.hostname, hosts, resolv_conf)
+    steps = [*_scratch(order), *_own_directories(where)]
+    if order.userns and not order.layers:
+        steps += _host_by_directory(host_mounts, where, own_files)
+    else:
+        steps += _one_overlay(order, where, own_files)
+    if not order.userns and not order.layers:
+        steps += _other_filesystems(host_mounts, where)
+    steps += _proc_and_sys(order)
+    steps += cgroups
+    steps += _dev()
+    steps.append(BindMount(where + "/tmp", NEW + "/tmp", flags=MS_NOSUID | MS_NODEV))
+    steps.append(BindMount(where + "/run", NEW + "/run", flags=MS_NOSUID | MS_NODEV))
+    steps += _shown(order, where)
+    steps += [_user_mount(mount) for mount in order.mounts]
+    if order.read_only:
+        steps.append(Mount("none", NEW, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NODEV))
+    steps += _closed(order)
+    steps.append(PivotRoot(NEW))
+    return steps
+
+
+def _scratch(order: Order) -> Iterator[Step]:
+    yield Mount("none", "/", None, MS_REC | MS_PRIVATE)
+    size = f",size={order.disk}" if order.disk else ""
+    yield Mount("nsbox", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755" + size)
+    for directory in (OLD, NEW, LAYER):
+        yield MakeDir(SCRATCH + directory)
+    yield PivotRoot(SCRATCH, SCRATCH + OLD)
+
+
+def _own_directories(where: str) -> Iterator[Step]:
+    """/tmp and /run are not the image's, and have the room that the writable layer has."""
+    yield MakeDir(where + "/tmp", 0o1777)
+    yield MakeDir(where + "/run")
+    yield MakeDir(where + "/run/lock", 0o1777)
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """The files in /etc that every container has for itself.
+
+    They are put into the writable layer before the overlay is mounted: nothing is copied up, and
+    no symbolic link of the image decides where they land.
+    """
+
+    hostname: str
+    hosts: str
+    resolv_conf: str
+
+    def steps(self, etc: str) -> Iterator[Step]:
+        yield WriteFile(f"{etc}/hostname", self.hostname + "\n")
+        yield WriteFile(f"{etc}/hosts", self.hosts)
+        yield WriteFile(f"{etc}/resolv.conf", self.resolv_conf)
+
+
+def _one_overlay(order: Order, where: str, own_files: OwnFiles) -> Iterator[Step]:
+    """The root is one overlay: the layers, or the host's root, below what is written."""
+    upper = where + "/upper"
+    yield LikeDir(upper, OLD + (order.layers[-1] if order.layers else ""))
+    yield MakeDir(where + "/work")
+    for name in ("proc", "sys", "dev", "run"):
+        yield MakeDir(f"{upper}/{name}")
+    yield MakeDir(f"{upper}/tmp", 0o1777)
+    yield LikeDir(f"{upper}/etc", OLD + _top_with(order.layers, "/etc"))
+    yield from own_files.steps(f"{upper}/etc")
+    lower = [OLD + directory for directory in reversed(order.layers)] or [OLD]
+    yield Overlay(tuple(lower), upper, where + "/work", NEW, order.userns)
+
+
+def _host_by_directory(
+    mounts: Sequence[MountPoint], where: str, own_files: OwnFiles
+) -> Iterator[Step]:
+    """The host's root in a user namespace: an overlay for each top-level directory.
+
+    There the mounts below / are locked to it, and a lower directory with such mounts below is
+    refused; so where there are some, the directory is made anew and its entries are taken.
+    """
+    kernel = {mount.path for mount in mounts if mount.fstype in KERNEL_FILESYSTEMS}
+    below = {parent for mount in mounts for parent in _parents(mount.path)}
+    yield Mount("root", NEW, "tmpfs", MS_NODEV, "mode=755")
+    for name in REPLACED:
+        yield MakeDir(NEW + name, 0o1777 if name == "/tmp" else 0o755)
+    etc = f"{where}/host/etc"
+    yield LikeDir(etc + "/upper", OLD + "/etc")
+    yield from own_files.steps(etc + "/upper")
+    waiting = [f"/{name}" for name in sorted(os.listdir("/"))]
+    while waiting:
+        path = waiting.pop()
+        if path in (*REPLACED, *OWN_FILES) or path in kernel:
+            continue
+        if os.path.islink(path):
+            yield MakeSymlink(os.readlink(path), NEW + path)
+        elif path in below:
+            yield LikeDir(NEW + path, OLD + path)
+            waiting += [f"{path}/{name}" for name in sorted(os.listdir(path))]
+        else:
+            yield SubOverlay(OLD + path, f"{where}/host{path}", NEW + path, user=True)
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path != "/":
+        path = os.path.dirname(path)
+        yield path
+
+
+def _top_with(layers: Sequence[str], path: str) -> str:
+    return next((top + path for top in reversed(layers) if os.path.isdir(top + path)), path)
+
+
+def _other_filesystems(mounts: Iterable[MountPoint], where: str) -> Iterator[Step]:
+    for number, mount in enumerate(mounts):
+        if mount.path == "/" or mount.fstype in KERNEL_FILESYSTEMS:
+            continue
+        if _below(mount.path, (*REPLACED, *_ENGINES, *OWN_FILES)):
+            continue
+        yield SubOverlay(OLD + mount.path, f"{where}/mount{number}", NEW + mount.path)
+
+
+def _below(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(root + "/") for root in roots)
+
+
+def _shown(order: Order, where: str) -> Iterator[Step]:
+    """What of the host's /tmp and /run has to be seen all the same."""
+    seen: list[str] = []
+    for path in sorted(order.visible):
+        if order.layers or not _below(path, REPLACED) or _below(path, [*seen, *order.passthrough]):
+            continue
+        seen.append(path)
+        scratch = f"{where}/visible{len(seen)}"
+        yield SubOverlay(OLD + path, scratch, NEW + path, user=order.userns)
+    for path in sorted(order.passthrough):
+        yield BindMount(OLD + path, NEW + path, recursive=True)
+
+
+def _proc_and_sys(order: Order) -> Iterator[Step]:
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    yield Mount("proc", NEW + "/proc", "proc", flags)
+    yield Mount("sysfs", NEW + "/sys", "sysfs", flags | MS_RDONLY)
+    if order.network != "host":
+        for name, value in (
+            ("net.ipv4.ping_group_range", "0 2147483647"),
+            ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ):
+            yield SetSysctl(name, value, NEW, optional=True)
+    for name, value in order.sysctls.items():
+        yield SetSysctl(name, value, NEW)
+
+
+def _dev() -> Iterator[Step]:
+    dev = NEW + "/dev"
+    # nodev: a node that a test makes here must not be a way to the host's devices; the bound
+    # ones keep the flags of where they come from
+    yield Mount("dev", dev, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k")
+    for name in DEVICES:
+        yield BindMount(f"{OLD}/dev/{name}", f"{dev}/{name}")
+    if os.path.exists("/dev/net/tun"):
+        yield BindMount(f"{OLD}/dev/net/tun", f"{dev}/net/tun")
+    yield MakeDir(dev + "/pts")
+    options = "newinstance,ptmxmode=0666,mode=0620,gid=5"
+    yield Mount("devpts", dev + "/pts", "devpts", MS_NOSUID | MS_NOEXEC, options)
+    yield MakeDir(dev + "/shm")
+    yield Mount("shm", dev + "/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777")
+    yield MakeDir(dev + "/mqueue")
+    yield Mount("mqueue", dev + "/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for target, name in (
+        ("pts/ptmx", "ptmx"),
+        ("/proc/self/fd", "fd"),
+        ("/proc/self/fd/0", "stdin"),
+        ("/proc/self/fd/1", "stdout"),
+        ("/proc/self/fd/2", "stderr"),
+    ):
+        yield MakeSymlink(target, f"{dev}/{name}")
+
+
+def _user_mount(mount: MountOrder) -> Step:
+    if mount.src is not None:
+        return BindMount(OLD + mount.src, NEW + mount.dst, mount.read_only, recursive=True)
+    size = f",size={mount.size}" if mount.size is not None else ""
+    return TmpfsAt(NEW + mount.dst, "mode=1777" + size)
+
+
+class TmpfsAt(Mount):
+    """A tmpfs on a directory that is made where it does not exist."""
+
+    def __init__(self, target: str, data: str) -> None:
+        super().__init__("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, data)
+
+    def do(self) -> None:
+        os.makedirs(self.target, exist_ok=True)
+        super().do()
+
+
+def _closed(order: Order) -> Iterator[Step]:
+    """What of /proc and /sys a test has no business with."""
+    if order.privileged:
+        return
+    for path in MASKED:
+        yield Mask(NEW + path, OLD + "/dev/null")
+    for path in READ_ONLY:
+        yield ReadOnly(NEW + path)
+    # /proc/sys/net is the container's own and stays writable
+    yield ReadOnly(NEW + "/proc/sys")
+    net = NEW + "/proc/sys/net"
+    yield BindMount(net, net)
+    yield Mount("none", net, None, MS_BIND | MS_REMOUNT | MS_NOSUID | MS_NODEV | MS_NOEXEC)

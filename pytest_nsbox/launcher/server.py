@@ -1,0 +1,423 @@
+"""The launcher's loop: requests from the test process, and what happens to containers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import heapq
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pytest_nsbox import rootfs, wire
+from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.kernel import cgroup, libc, mounts
+from pytest_nsbox.launcher import ledger, names
+from pytest_nsbox.launcher.build import (
+    Container,
+    Workshop,
+    build,
+    confinement,
+    known_names,
+    mode,
+)
+from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
+from pytest_nsbox.launcher.ports import forward_port
+from pytest_nsbox.launcher.undo import Undo
+from pytest_nsbox.launcher.uplink import Host, Uplink
+from pytest_nsbox.model.addressing import Subnet
+from pytest_nsbox.model.limits import Limits
+from pytest_nsbox.model.order import Order
+from pytest_nsbox.wire import Message
+
+Reply = tuple[Message, list[int]]
+
+
+class Launcher:
+    """Owns everything that a session has made, and takes all of it down at the end."""
+
+    def __init__(self, lifeline: socket.socket, parent: int, options: Message) -> None:
+        self.lifeline = lifeline
+        self.options = options
+        self.undo = Undo()
+        self.containers: dict[int, Container] = {}
+        self.bridges: dict[int, Bridge] = {}
+        self.timers: list[tuple[float, int]] = []  # a heap: when, which container
+        self.last_id = 0
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(lifeline, selectors.EVENT_READ, self._request)
+        self.parent = os.pidfd_open(parent)
+        self.selector.register(self.parent, selectors.EVENT_READ, self._end)
+        self.ending = False
+        self._hubs: dict[bool, Hub] = {}
+        self._defaults: dict[bool, Bridge] = {}
+        self._uplink: Uplink | None = None
+
+    def open(self) -> None:
+        """Leave the host's network namespace for the hub; find the cgroups; sweep."""
+        state, cache = ledger.state_directory(), Path(self.options["cache"])
+        ledger.sweep(state)
+        self.ledger = ledger.Ledger(state)
+        self.undo.push("close the ledger", self.ledger.close)
+        self.layer_cache = rootfs.LayerCache(cache)
+        self.host = Host()
+        self.workshop = Workshop(None, self.ledger, cache / "writable", self.host.netns)
+        try:
+            driver = cgroup.detect(self.ledger.name)
+            self.workshop.cgroups = driver
+            # the containers' own are below these
+            for path in driver.session_paths():
+                self.ledger.record(ledger.CGROUP, path)
+            self.undo.push("rmdir session cgroup", driver.close)
+        except UnsupportedError as error:
+            self.workshop.no_cgroups = str(error)
+        self.host_mounts = mounts.mount_points()
+        self._hub(True)
+
+    def _hub(self, internet: bool) -> Hub:
+        if internet not in self._hubs:
+            hub = Hub(internet=internet)
+            self._hubs[internet] = hub
+            self.undo.push("close hub", hub.close)
+            if internet:
+                self.host.home = hub.netns
+            else:
+                libc.setns(self._hubs[True].netns, libc.CLONE_NEWNET)  # where the launcher lives
+        return self._hubs[internet]
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Work until the test process is gone or says that it is done."""
+        while not self.ending:
+            timeout = None
+            if self.timers:
+                timeout = max(self.timers[0][0] - time.monotonic(), 0)
+            for key, _ in self.selector.select(timeout):
+                key.data()
+            self._expire()
+
+    def close(self) -> None:
+        """Take everything down. Raises the first error, the others in its notes."""
+        errors = []
+        for container in list(self.containers.values()):
+            container.kill("stopped")
+        for id in list(self.containers):
+            try:
+                self._destroy(id)
+            except NsboxError as error:
+                errors.append(error)
+        try:
+            self.undo.run()
+        except NsboxError as error:
+            errors.append(error)
+        if errors:
+            for later in errors[1:]:
+                errors[0].add_note(f"then {later}")
+            raise errors[0]
+
+    def _end(self) -> None:
+        self.ending = True
+
+    def _request(self) -> None:
+        try:
+            received = wire.receive(self.lifeline)
+        except (ValueError, OSError):
+            received = None
+        if received is None:
+            self.ending = True
+            return
+        message, fds = received
+        with socket.socket(fileno=fds.pop(0)) as answer:
+            reply: Message = {}
+            out: list[int] = []
+            try:
+                reply, out = OPERATIONS[message["op"]](self, message, fds)
+            except NsboxError as error:
+                reply = {"error": wire.dump_error(error)}
+            except Exception as error:
+                reply = {"error": wire.dump_error(SetupError(f"{message['op']}: {error!r}"))}
+            finally:
+                wire.close_all(fds)
+            with contextlib.suppress(OSError):
+                wire.send(answer, reply, out)
+            wire.close_all(out)
+
+    def _expire(self) -> None:
+        while self.timers and self.timers[0][0] <= time.monotonic():
+            _, id = heapq.heappop(self.timers)
+            if id in self.containers:
+                self.containers[id].kill("timeout")
+
+    # ------------------------------------------------------------------ requests
+
+    def create(self, message: Message, fds: list[int]) -> Reply:
+        """Build a container."""
+        order = Order.from_wire(message["order"])
+        self.last_id += 1
+        container, line = build(
+            self.last_id,
+            order,
+            [self._joiner(bridge, order) for bridge in self._bridges_of(order)],
+            self.workshop,
+            self.host_mounts,
+        )
+        self.containers[container.id] = container
+        self.selector.register(container.pidfd, selectors.EVENT_READ, lambda: self._died(container))
+        if container.cgroup is not None and order.limits.memory is not None:
+            self._watch_memory(container)
+        if order.timeout is not None:
+            heapq.heappush(self.timers, (time.monotonic() + order.timeout, container.id))
+        self._tell_neighbours(container)
+        reply: Message = {
+            "id": container.id,
+            "pid": container.pid,
+            "addresses": [[i.ip, i.ip6, i.bridge.id] for i in container.interfaces],
+        }
+        return reply, [line.detach(), os.dup(container.pidfd)]
+
+    def _bridges_of(self, order: Order) -> list[Bridge]:
+        if order.networks:
+            return [self.bridges[id] for id in order.networks]
+        if order.network not in ("nat", "isolated"):
+            return []
+        internet = order.network == "nat"
+        if internet not in self._defaults:
+            subnet = Subnet(self.options["subnet"])
+            self._defaults[internet] = self._new_bridge("default", subnet, internet)
+        return [self._defaults[internet]]
+
+    def _new_bridge(self, name: str, subnet: Subnet, internet: bool) -> Bridge:
+        if internet and self._uplink is None and self.options["uplink"] != "none":
+            self._uplink = Uplink(self.host, self._hub(True), self.ledger)
+            self.undo.push("close the uplink", self._uplink.close)
+        hub = self._hub(internet)
+        mtu = self.host.mtu()
+        bridge = Bridge.make(len(self.bridges) + 1, name, hub, subnet, mtu)
+        self.bridges[bridge.id] = bridge
+        return bridge
+
+    @staticmethod
+    def _joiner(bridge: Bridge, order: Order) -> Callable[[], Interface]:
+        return lambda: bridge.join(order.name)
+
+    def _watch_memory(self, container: Container) -> None:
+        assert container.cgroup is not None
+        fd = container.cgroup.oom_event_fd()
+        if fd is None:
+            return
+        self.selector.register(fd, selectors.EVENT_READ, lambda: self._out_of_memory(container))
+        container.undo.push("stop watching memory", lambda: self._unwatch(fd))
+
+    def _unwatch(self, fd: int) -> None:
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(fd)
+        os.close(fd)
+
+    def _out_of_memory(self, container: Container) -> None:
+        """Kill all of a container in which the kernel has killed a process for its memory."""
+        limited = container.order.limits.memory is not None
+        if limited and container.cgroup is not None and container.cgroup.oom_kills():
+            container.kill("memory")
+
+    def _died(self, container: Container) -> None:
+        self.selector.unregister(container.pidfd)
+        self._out_of_memory(container)
+        container.reap()
+
+    def _tell_neighbours(self, container: Container) -> None:
+        """A new name on a network is known to those who were there before."""
+        shared = {interface.bridge.id for interface in container.interfaces}
+        for other in self.containers.values():
+            if other is container or not other.alive or other.init is None:
+                continue
+            if shared & {interface.bridge.id for interface in other.interfaces}:
+                text = names.hosts(known_names(other), other.order.hosts)
+                mine, theirs = wire.pair()
+                with mine, theirs, contextlib.suppress(OSError):
+                    wire.send(other.init, {"op": "hosts", "text": text}, [theirs.fileno()])
+
+    def destroy(self, message: Message, fds: list[int]) -> Reply:
+        """Kill a container and remove all that was its."""
+        container = self.containers.get(message["id"])
+        if container is None:
+            return {}, []
+        container.kill("stopped")
+        self._destroy(container.id)
+        return container.state(), []
+
+    def _destroy(self, id: int) -> None:
+        container = self.containers.pop(id)
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(container.pidfd)
+        container.undo.run()
+
+    def state(self, message: Message, fds: list[int]) -> Reply:
+        """Whether a container lives, why not, and what it has used."""
+        container = self._get(message)
+        self._out_of_memory(container)
+        if container.reason or container.has_ended():
+            container.reap()
+        return container.state(), []
+
+    def _get(self, message: Message) -> Container:
+        container = self.containers.get(message["id"])
+        if container is None:
+            raise ContainerDied("the container has been taken down")
+        return container
+
+    def update(self, message: Message, fds: list[int]) -> Reply:
+        """Change the limits of a running container."""
+        container = self._get(message)
+        if container.cgroup is None:
+            raise UnsupportedError(f"no limits can be kept: {self.workshop.no_cgroups}")
+        try:
+            container.cgroup.update(Limits(**message["limits"]))
+        except OSError as error:
+            raise SetupError(f"update limits: {error}") from error
+        return {}, []
+
+    def freeze(self, message: Message, fds: list[int]) -> Reply:
+        """Stop every process of a container where it is, or let them go on."""
+        container = self._get(message)
+        if container.cgroup is None:
+            raise UnsupportedError(f"cannot pause: {self.workshop.no_cgroups}")
+        if message["frozen"]:
+            container.cgroup.freeze()
+        else:
+            container.cgroup.thaw()
+        return {}, []
+
+    def kill(self, message: Message, fds: list[int]) -> Reply:
+        """Kill a container; what it leaves stays to be looked at until it is destroyed."""
+        container = self._get(message)
+        container.kill(message.get("reason", "killed"))
+        container.reap()
+        return container.state(), []
+
+    def enter(self, message: Message, fds: list[int]) -> Reply:
+        """What a process of the test's own needs to become one of the container's."""
+        container = self._get(message)
+        if not container.alive:
+            raise ContainerDied("the container has ended")
+        out = [os.dup(container.pidfd)]
+        if container.cgroup is not None:
+            for path in container.cgroup.procs_files():
+                out.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+        confined = confinement(container.order)
+        reply: Message = {
+            "network": mode(container.order) != "host",
+            "time": container.order.uptime is not None,
+            "user": container.order.userns,
+            "capabilities": None if confined is None else sorted(confined.capabilities),
+        }
+        return reply, out
+
+    def network(self, message: Message, fds: list[int]) -> Reply:
+        """Make a network."""
+        bridge = self._new_bridge(message["name"], Subnet(message["subnet"]), message["internet"])
+        return {"id": bridge.id, "gateway": bridge.subnet.gateway}, []
+
+    def remove_network(self, message: Message, fds: list[int]) -> Reply:
+        bridge = self.bridges.pop(message["id"], None)
+        if bridge is not None:
+            bridge.remove()
+        return {}, []
+
+    def socket(self, message: Message, fds: list[int]) -> Reply:
+        """A socket as of a host next door, on the container's first network."""
+        container = self._get(message)
+        if not container.interfaces:
+            return {"ip": None}, []
+        interface = container.interfaces[0]
+        sock = make_socket(
+            interface.bridge.hub, self._hub(True).netns, socket.AF_INET, message["type"]
+        )
+        return {"ip": interface.ip}, [sock.detach()]
+
+    def publish(self, message: Message, fds: list[int]) -> Reply:
+        """Forward what connects to a listening socket of the host to a port of a container."""
+        container = self._get(message)
+        pid = forward_port(container, fds[0], int(message["port"]), self._hub(True).netns)
+        return {"pid": pid}, []
+
+    def import_rootfs(self, message: Message, fds: list[int]) -> Reply:
+        """Unpack a root filesystem into the cache, unless it is there already."""
+        found = rootfs.resolve(str(message["source"]), self.layer_cache)
+        return {"rootfs": found.to_wire()}, []
+
+    def describe(self, message: Message, fds: list[int]) -> Reply:
+        """What was found on this host, for the report header."""
+        driver = self.workshop.cgroups
+        return {"cgroups": driver.describe() if driver else self.workshop.no_cgroups}, []
+
+
+OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Reply]] = {
+    name: getattr(Launcher, name)
+    for name in (
+        "create",
+        "describe",
+        "destroy",
+        "enter",
+        "freeze",
+        "import_rootfs",
+        "kill",
+        "network",
+        "publish",
+        "remove_network",
+        "socket",
+        "state",
+        "update",
+    )
+}
+
+
+def main(lifeline_fd: int, parent: int, options: dict[str, Any]) -> int:
+    """Run a launcher for the process `parent`, whose end of a socket pair is `lifeline_fd`."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    launcher = Launcher(socket.socket(fileno=lifeline_fd), parent, options)
+    signal.signal(signal.SIGTERM, lambda *_: launcher.lifeline.shutdown(socket.SHUT_RD))
+    try:
+        launcher.open()
+    except (NsboxError, OSError) as error:
+        return _refuse(launcher, error)
+    # init is forked from here: what is shared with it should stay unwritten
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        launcher.run()
+    finally:
+        launcher.close()
+    return 0
+
+
+def _refuse(launcher: Launcher, error: Exception) -> int:
+    """Say to every request why there is no launcher, until the test process has understood."""
+    if isinstance(error, OSError) and error.errno == errno.EPERM:
+        error = UnsupportedError(
+            f"containers cannot be made: {error.strerror}; root needs CAP_SYS_ADMIN and "
+            "CAP_NET_ADMIN for it (in a container: docker run --privileged)"
+        )
+    elif isinstance(error, OSError):
+        error = SetupError(f"the launcher cannot start: {error}")
+    while True:
+        try:
+            received = wire.receive(launcher.lifeline)
+        except (OSError, ValueError):
+            received = None
+        if received is None:
+            launcher.undo.run()
+            return 0
+        _, fds = received
+        with socket.socket(fileno=fds[0]) as answer, contextlib.suppress(OSError):
+            wire.send(answer, {"error": wire.dump_error(error)})
+        wire.close_all(fds[1:])

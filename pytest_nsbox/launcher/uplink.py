@@ -1,0 +1,161 @@
+"""The way out: one veth pair from the hub to the host, and one masqueraded address.
+
+The host keeps its sysctls but for one per device, which is put back: to forward packets that
+come in by the uplink, and the answers that come in by the device of the default route.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from pytest_nsbox.errors import UnsupportedError
+from pytest_nsbox.kernel import libc, link, nft
+from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel.netlink import Netlink
+from pytest_nsbox.launcher.hub import UPLINK, Hub
+from pytest_nsbox.launcher.ledger import Ledger
+from pytest_nsbox.launcher.undo import Undo
+
+# shared address space (RFC 6598), a /30 per session: no home or office network uses it
+_TRANSIT = ipaddress.IPv4Network("100.64.0.0/10")
+_SIOCGIFNAME, _SIOCGIFMTU = 0x8910, 0x8921
+_HUB_INDEX = 2
+
+
+class Host:
+    """The host's network namespace, as the launcher finds it before it leaves."""
+
+    def __init__(self) -> None:
+        self.netns = open_namespace("net")
+        self.netlink = Netlink()
+        self._ioctl = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.home = self.netns  # the namespace that the launcher returns to
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        libc.setns(self.netns, libc.CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            libc.setns(self.home, libc.CLONE_NEWNET)
+
+    def name_of(self, index: int) -> str:
+        request = struct.pack("16si20x", b"", index)
+        answer = fcntl.ioctl(self._ioctl, _SIOCGIFNAME, request)
+        return answer[:16].rstrip(b"\0").decode()
+
+    def mtu(self) -> int:
+        """The MTU of the way out, 1500 where there is none."""
+        index = link.default_route_device(self.netlink)
+        if index is None:
+            return 1500
+        request = struct.pack("16si20x", self.name_of(index).encode(), 0)
+        answer = fcntl.ioctl(self._ioctl, _SIOCGIFMTU, request)
+        return min(max(int(struct.unpack_from("16si", answer)[1]), 1280), 65535)
+
+
+class Uplink:
+    """A hub's way out, for as long as the session lives."""
+
+    def __init__(self, host: Host, hub: Hub, ledger: Ledger) -> None:
+        self._undo = Undo()
+        try:
+            self._make(host, hub, ledger)
+        except OSError as error:
+            self._undo.run()
+            raise UnsupportedError(
+                f"no way out for containers: {error}; "
+                "use network='isolated', or --nsbox-uplink=none for all tests"
+            ) from error
+
+    def _make(self, host: Host, hub: Hub, ledger: Ledger) -> None:
+        name = f"nsbox{os.urandom(4).hex()}"
+        host.netlink.send(
+            [
+                link.add_veth(
+                    0,
+                    name,
+                    peer=UPLINK,
+                    peer_index=_HUB_INDEX,
+                    peer_netns=hub.netns,
+                    mtu=host.mtu(),
+                )
+            ]
+        )
+        index = link.index_of(host.netlink, name)
+        self._undo.push(
+            f"ip link del {name}", lambda: host.netlink.send([link.delete(index, name)])
+        )
+        ours, theirs = _free_addresses(host, index)
+        host.netlink.send([link.add_address(index, name, ours, 30)])
+        hub.netlink.send(
+            [
+                link.add_address(_HUB_INDEX, UPLINK, theirs, 30),
+                link.up(_HUB_INDEX, UPLINK),
+                link.add_default_route(ours, _HUB_INDEX),
+            ]
+        )
+        self._masquerade_in_hub()
+        self._masquerade_on_host(host, name, theirs)
+        self._forward(host, name, ledger)
+
+    def _masquerade_in_hub(self) -> None:
+        """Containers share the uplink's address; one network cannot reach another through
+        the hub."""
+        rules = nft.Nft()
+        self._undo.push("nft delete table ip nsbox", rules.close)
+        rules.commit(
+            nft.table("nsbox"),
+            nft.chain("nsbox", "postrouting", "nat", "postrouting", nft.PRIORITY_SRCNAT),
+            nft.rule("nsbox", "postrouting", nft.interface(nft.OIFNAME, UPLINK), nft.masquerade()),
+            nft.chain("nsbox", "forward", "filter", "forward", nft.PRIORITY_FILTER, nft.DROP),
+            nft.rule("nsbox", "forward", nft.interface(nft.OIFNAME, UPLINK), nft.accept()),
+            nft.rule("nsbox", "forward", nft.interface(nft.IIFNAME, UPLINK), nft.accept()),
+        )
+
+    def _masquerade_on_host(self, host: Host, name: str, address: str) -> None:
+        with host.entered():
+            rules = nft.Nft()
+        self._undo.push(f"nft delete table ip {name}", rules.close)
+        rules.commit(
+            nft.table(name),
+            nft.chain(name, "postrouting", "nat", "postrouting", nft.PRIORITY_SRCNAT),
+            nft.rule(name, "postrouting", nft.source(address), nft.masquerade()),
+        )
+
+    def _forward(self, host: Host, name: str, ledger: Ledger) -> None:
+        conf = "/proc/sys/net/ipv4/conf"
+        with host.entered():  # on a device of our own, gone with us
+            Path(f"{conf}/{name}/forwarding").write_text("1")
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+        out = link.default_route_device(host.netlink)
+        if out is None:
+            return
+        self._undo.push("put sysctls back", lambda: ledger.put_back_sysctls(host.entered))
+        ledger.set_sysctl(f"{conf}/{host.name_of(out)}/forwarding", "1", host.entered)
+
+    def close(self) -> None:
+        self._undo.run()
+
+
+def _free_addresses(host: Host, index: int) -> tuple[str, str]:
+    """Two addresses that the host has no route of its own to.
+
+    An interface index is unique on the host, so that two sessions at once do not meet.
+    """
+    default = link.default_route_device(host.netlink)
+    blocks = _TRANSIT.num_addresses // 4
+    for attempt in range(64):
+        start = int(_TRANSIT.network_address) + 4 * ((index + attempt * 4099) % blocks)
+        ours, theirs = str(ipaddress.IPv4Address(start + 1)), str(ipaddress.IPv4Address(start + 2))
+        if link.route_device(host.netlink, theirs) == default:
+            return ours, theirs
+    raise OSError(98, f"every address tried in {_TRANSIT} is already routed on this host")

@@ -1,0 +1,57 @@
+"""What the launcher is asked to build: a spec with every choice made, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_nsbox.model.limits import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountOrder:
+    """A mount that the user asked for: a bind where `src` is given, else a tmpfs."""
+
+    dst: str
+    src: str | None = None
+    read_only: bool = True
+    size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One container, ready to be built. It crosses the wire as JSON."""
+
+    name: str
+    hostname: str
+    layers: tuple[str, ...] = ()  # lowest first; empty: the host's own root
+    limits: Limits = field(default_factory=Limits)
+    disk: int | None = None
+    network: str = "nat"  # nat, isolated, none, host: only where `networks` is empty
+    networks: tuple[int, ...] = ()
+    dns: tuple[str, ...] | None = None
+    hosts: dict[str, str] = field(default_factory=dict)
+    mounts: tuple[MountOrder, ...] = ()
+    read_only: bool = False
+    sysctls: dict[str, str] = field(default_factory=dict)
+    uptime: float | None = None
+    userns: bool = False
+    capabilities: tuple[str, ...] = ()  # those kept
+    privileged: bool = False
+    timeout: float | None = None
+    passthrough: tuple[str, ...] = ()  # paths of the host shown as they are, writable
+    visible: tuple[str, ...] = ()  # paths of the host to show even where /tmp or /run hides them
+
+    def to_wire(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> Order:
+        data = dict(data)
+        data["limits"] = Limits(**data["limits"])
+        data["mounts"] = tuple(MountOrder(**mount) for mount in data["mounts"])
+        for name, value in data.items():
+            if isinstance(value, list):
+                data[name] = tuple(value)
+        return cls(**data)

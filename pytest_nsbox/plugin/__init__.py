@@ -1,0 +1,34 @@
+"""The pytest plugin: hooks and fixtures, handed on from the files that hold them."""
+
+from pytest_nsbox.plugin.collection import (
+    pytest_collection_finish,
+    pytest_make_collect_report,
+    pytest_report_collectionfinish,
+)
+from pytest_nsbox.plugin.fixtures import (
+    nsbox_container,
+    nsbox_container_factory,
+    nsbox_network_factory,
+    nsbox_session,
+    nsbox_spec,
+)
+from pytest_nsbox.plugin.inside import pytest_runtest_protocol
+from pytest_nsbox.plugin.options import pytest_addhooks, pytest_addoption, pytest_configure
+from pytest_nsbox.plugin.report import pytest_runtest_makereport, pytest_sessionfinish
+
+__all__ = [
+    "nsbox_container",
+    "nsbox_container_factory",
+    "nsbox_network_factory",
+    "nsbox_session",
+    "nsbox_spec",
+    "pytest_addhooks",
+    "pytest_addoption",
+    "pytest_collection_finish",
+    "pytest_configure",
+    "pytest_make_collect_report",
+    "pytest_report_collectionfinish",
+    "pytest_runtest_makereport",
+    "pytest_runtest_protocol",
+    "pytest_sessionfinish",
+]

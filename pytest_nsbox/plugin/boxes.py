@@ -1,0 +1,86 @@
+"""What the plugin holds during a run: one session, and the containers of the running test."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pytest_nsbox.errors import RootfsError, UnsupportedError
+from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.model.spec import SandboxSpec
+from pytest_nsbox.plugin import options
+from pytest_nsbox.plugin.specs import defaults
+from pytest_nsbox.session.container import Container
+from pytest_nsbox.session.session import Session
+
+_BOXES = pytest.StashKey["Boxes"]()
+_CONTAINERS = pytest.StashKey[list[Container]]()
+
+
+def boxes_of(config: pytest.Config) -> Boxes:
+    """The one of this run, made when first asked for."""
+    return config.stash.setdefault(_BOXES, Boxes(config))
+
+
+def opened(config: pytest.Config) -> Boxes | None:
+    return config.stash.get(_BOXES, None)
+
+
+def containers_of(item: pytest.Item) -> list[Container]:
+    """The containers that a test has had, also those taken down."""
+    return item.stash.setdefault(_CONTAINERS, [])
+
+
+class Boxes:
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.session = Session(
+            subnet=options.value(config, "subnet"),
+            uplink=options.value(config, "uplink"),
+            spec=defaults(config),
+            resolve_rootfs=self._resolve_rootfs,
+        )
+
+    def _resolve_rootfs(self, source: str) -> Rootfs | None:
+        found = self.config.hook.pytest_nsbox_resolve_rootfs(source=source)
+        if found is not None and not isinstance(found, Rootfs):
+            raise RootfsError(f"a pytest_nsbox_resolve_rootfs hook gave {found!r}, not a Rootfs")
+        return found
+
+    def start(self) -> None:
+        """Start the launcher; a host that cannot is reported by the tests that need it."""
+        with contextlib.suppress(UnsupportedError):
+            self.session.start()
+
+    @contextlib.contextmanager
+    def supported(self) -> Iterator[None]:
+        """What this host cannot give is an error, or with --nsbox-unsupported=skip a skip."""
+        try:
+            yield
+        except UnsupportedError as error:
+            if options.value(self.config, "unsupported") == "skip":
+                pytest.skip(f"nsbox: {error}")
+            raise
+
+    @contextlib.contextmanager
+    def container(
+        self, item: pytest.Item, name: str | None, spec: SandboxSpec, **where: Any
+    ) -> Iterator[Container]:
+        """A container of a test, with its hooks called."""
+        visible = [str(self.config.rootpath), str(self.config.invocation_params.dir), *sys.path]
+        with self.supported():
+            container = self.session.container(
+                name, spec=spec, visible=[path for path in visible if path], **where
+            )
+        containers_of(item).append(container)
+        with container:
+            item.ihook.pytest_nsbox_container_started(container=container, item=item)
+            try:
+                yield container
+            finally:
+                container.settle()
+                item.ihook.pytest_nsbox_container_stopping(container=container, item=item)

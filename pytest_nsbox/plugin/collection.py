@@ -1,0 +1,75 @@
+"""At collection: wrong markers are found, and the launcher is started in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+from pytest_nsbox.plugin import options
+from pytest_nsbox.plugin.specs import defaults, keywords, marked, runs_inside, uses_fixture
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A marker that cannot mean anything is an error where its test is collected."""
+    report = yield
+    if report.passed:
+        errors = [
+            error
+            for item in report.result or ()
+            if isinstance(item, pytest.Item) and marked(item)
+            for error in _errors(item)
+        ]
+        if errors:
+            report.outcome = "failed"
+            report.longrepr = "\n".join(errors)
+            report.result = []
+    return report
+
+
+def _errors(item: pytest.Item) -> list[str]:
+    from pytest_nsbox import rootfs
+    from pytest_nsbox.errors import NsboxError
+
+    try:
+        spec = defaults(item.config).replace(**keywords(item))
+        if isinstance(spec.rootfs, str) and not _hook_resolves(item):
+            rootfs.check(spec.rootfs)
+    except NsboxError as error:
+        return [f"{item.nodeid}: @pytest.mark.sandbox: {error}"]
+    return []
+
+
+def _hook_resolves(item: pytest.Item) -> bool:
+    """Whether a hook has the say on what a source means; then it is not ours to check."""
+    return bool(item.ihook.pytest_nsbox_resolve_rootfs.get_hookimpls())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the launcher while pytest still has other things to do."""
+    if session.config.option.collectonly or session.testsfailed:
+        return
+    if any(runs_inside(item) or uses_fixture(item) for item in session.items):
+        from pytest_nsbox.plugin.boxes import boxes_of
+
+        boxes_of(session.config).start()
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """Say how many tests get containers, and which of them are not confined."""
+    inside = sum(runs_inside(item) for item in items)
+    outside = sum(uses_fixture(item) for item in items)
+    if not inside + outside:
+        return []
+    line = f"nsbox: {inside} tests inside containers, {outside} beside them"
+    line += f" (rootfs {options.value(config, 'rootfs')}, {options.value(config, 'network')}"
+    line += f" network {options.value(config, 'subnet')})"
+    privileged = [
+        item.nodeid for item in items if marked(item) and keywords(item).get("privileged")
+    ]
+    if privileged:
+        line += f"; PRIVILEGED, without confinement: {', '.join(privileged)}"
+    return [line]

@@ -1,0 +1,143 @@
+"""The options: marker > command line > environment > ini > default."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Option:
+    name: str
+    help: str
+    default: str
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def flag(self) -> str:
+        return f"--nsbox-{self.name}"
+
+    @property
+    def ini(self) -> str:
+        return f"nsbox_{self.name}"
+
+    @property
+    def environment(self) -> str:
+        return f"PYTEST_NSBOX_{self.name.upper()}"
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option(
+            "rootfs",
+            "root filesystem of containers: 'host', a directory, a tarball, a docker save or OCI "
+            "archive, or a reference such as docker://alpine",
+            "host",
+            metavar="SOURCE",
+        ),
+        Option(
+            "network",
+            "network of containers: nat, isolated, none or host",
+            "nat",
+            ("nat", "isolated", "none", "host"),
+        ),
+        Option("subnet", "IPv4 subnet of the default network", "172.27.0.0/16", metavar="CIDR"),
+        Option(
+            "uplink",
+            "how containers reach the outside",
+            "auto",
+            ("auto", "veth", "pasta", "slirp4netns", "none"),
+        ),
+        Option(
+            "unsupported",
+            "what a test does on a host that cannot give what it asks for",
+            "error",
+            ("error", "skip"),
+        ),
+    )
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("nsbox", "containers for tests (pytest-nsbox)")
+    for option in OPTIONS.values():
+        text = f"{option.help} (default: {option.default}; also ini {option.ini}, environment "
+        group.addoption(
+            option.flag,
+            dest=option.ini,
+            default=None,
+            metavar=option.metavar or "{" + ",".join(option.choices) + "}",
+            help=text + f"{option.environment})",
+        )
+        parser.addini(option.ini, option.help, default=None)
+    group.addoption(
+        "--nsbox-all",
+        dest="nsbox_all",
+        action="store_true",
+        default=None,
+        help="run every test's body inside a container (also ini nsbox_all, "
+        "environment PYTEST_NSBOX_ALL)",
+    )
+    parser.addini("nsbox_all", "run every test's body inside a container", "bool", False)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    from pytest_nsbox.plugin import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def value(config: pytest.Config, name: str) -> str:
+    """What an option is set to. Raises pytest.UsageError for a value it cannot have."""
+    option = OPTIONS[name]
+    given = config.getoption(option.ini, default=None)
+    where = option.flag
+    if given is None:
+        given, where = os.environ.get(option.environment), option.environment
+    if given is None:
+        given, where = _ini(config, option.ini), f"ini {option.ini}"
+    if given is None:
+        return option.default
+    if option.choices and given not in option.choices:
+        allowed = ", ".join(option.choices)
+        raise pytest.UsageError(f"{where}={given}: {option.help}; one of {allowed}")
+    return str(given)
+
+
+def _ini(config: pytest.Config, name: str) -> Any:
+    found = config.getini(name)
+    if found and name == OPTIONS["rootfs"].ini and found != "host" and ":" not in found:
+        return str(config.rootpath / found)
+    return found or None
+
+
+def all_inside(config: pytest.Config) -> bool:
+    """Whether every test is to run inside."""
+    if config.getoption("nsbox_all", default=None) is not None:
+        return bool(config.getoption("nsbox_all"))
+    text = os.environ.get("PYTEST_NSBOX_ALL")
+    if text is not None:
+        return text.lower() not in ("", "0", "no", "false")
+    return bool(config.getini("nsbox_all"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "sandbox(cpus=, memory=, pids=, network=, rootfs=, ...): run the test's body in a Linux "
+        "container of its own; a test that takes nsbox_container stays outside and drives it",
+    )
+    for name in OPTIONS:
+        value(config, name)
+    from pytest_nsbox.errors import SpecError
+    from pytest_nsbox.model.addressing import parse_subnet
+
+    try:
+        parse_subnet(value(config, "subnet"))
+    except SpecError as error:
+        raise pytest.UsageError(f"--nsbox-subnet: {error}") from None

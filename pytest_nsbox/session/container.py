@@ -1,0 +1,553 @@
+"""A container, as a test holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_nsbox import wire
+from pytest_nsbox.errors import (
+    CommandError,
+    ContainerDied,
+    ContainerTimeout,
+    NsboxError,
+    OutOfMemory,
+    SpecError,
+    WaitError,
+)
+from pytest_nsbox.model.limits import Limits, Stats
+from pytest_nsbox.model.order import Order
+from pytest_nsbox.model.results import Result
+from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.model.spec import SandboxSpec
+from pytest_nsbox.model.units import format_size
+from pytest_nsbox.session import listening
+from pytest_nsbox.session.inside import call
+from pytest_nsbox.session.process import Arguments, Process, describe_end
+
+if TYPE_CHECKING:
+    from pytest_nsbox.session.session import Session
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Container:
+    """A running container. Made by `Session.container` or a fixture, never by hand.
+
+    `name`, `hostname`; `ip` and `ip6` on its first network, None without one; `pid` of its PID 1
+    as the host counts; `spec`, what it was made from.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        spec: SandboxSpec,
+        order: Order,
+        rootfs: Rootfs,
+        reply: wire.Message,
+        fds: list[int],
+    ) -> None:
+        self.session = session
+        self.spec = spec
+        self.rootfs = rootfs
+        self.name = order.name
+        self.hostname = order.hostname
+        self.id = int(reply["id"])
+        self.pid = int(reply["pid"])
+        first = (reply["addresses"] or [[None, None, None]])[0]
+        self.ip: str | None = first[0]
+        self.ip6: str | None = first[1]
+        self.addresses: list[tuple[str, str, int]] = [tuple(row) for row in reply["addresses"]]
+        self.processes: list[Process] = []
+        self._init = socket.socket(fileno=fds[0])
+        self._pidfd = fds[1]
+        self._owner = os.getpid()
+        self._closed = False
+        self._last: wire.Message | None = None
+
+    def __repr__(self) -> str:
+        return f"<Container {self.name} {self.ip or 'without network'}>"
+
+    # ------------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Take it down, with everything in it. A second time does nothing."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        try:
+            self._last, _ = self.session.request("destroy", id=self.id)
+        finally:
+            self._init.close()
+            os.close(self._pidfd)
+            for process in self.processes:
+                process.abandon()
+            self.session.release_name(self.name)
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def kill(self) -> None:
+        """Kill every process in it, at once. Its last state can still be asked for."""
+        self._last, _ = self.session.request("kill", id=self.id)
+
+    def pause(self) -> None:
+        """Stop every process where it is (cgroups(7), freezer)."""
+        self.session.request("freeze", id=self.id, frozen=True)
+
+    def unpause(self) -> None:
+        """Let the processes go on."""
+        self.session.request("freeze", id=self.id, frozen=False)
+
+    def update(self, **limits: Any) -> None:
+        """Change limits of the running container: cpus, cpuset, memory, swap, pids, io."""
+        unknown = set(limits) - set(vars(Limits()))
+        if unknown:
+            raise SpecError(
+                f"update cannot change {sorted(unknown)[0]!r}; it can change "
+                + ", ".join(vars(Limits()))
+            )
+        self.spec = self.spec.replace(**limits)
+        changed = {key: value for key, value in vars(self.spec.limits()).items() if key in limits}
+        self.session.request("update", id=self.id, limits=changed)
+
+    def stats(self) -> Stats:
+        """What it has used so far; also after it has died."""
+        state = self.state()
+        if state["stats"] is None:
+            raise NsboxError(f"container {self.name!r} has no control group to count for it")
+        return Stats(**state["stats"])
+
+    def state(self) -> wire.Message:
+        """Whether it is alive, why not, and its statistics, as the launcher has them."""
+        if not self._closed:
+            self._last, _ = self.session.request("state", id=self.id)
+        assert self._last is not None
+        return self._last
+
+    def death(self, patience: float = 0) -> NsboxError | None:
+        """Why it is dead; None while it lives.
+
+        When all of a container is killed, its processes go before its PID 1 does: `patience` is
+        how many seconds to wait for that.
+        """
+        if not self._closed:
+            select.select([self._pidfd], [], [], patience)
+        state = self.state()
+        if state["alive"] and not self._closed:
+            return None
+        what = f"container {self.name!r}"
+        if state["reason"] == "memory":
+            return OutOfMemory(f"{what} was killed: {out_of_memory(self.spec, state)}")
+        if state["reason"] == "timeout":
+            return ContainerTimeout(
+                f"{what} was killed: it outlived its timeout of {self.spec.timeout:g} s"
+            )
+        if state["reason"] == "killed":
+            return ContainerDied(f"{what} has been killed")
+        if self._closed or state["reason"] == "stopped":
+            return ContainerDied(f"{what} has been taken down")
+        return ContainerDied(f"{what} has died: its PID 1 was killed from outside")
+
+    def settle(self) -> NsboxError | None:
+        """Ask for its state while it can be asked for; returns why it is dead, if it is."""
+        try:
+            return self.death()
+        except NsboxError as error:
+            return error
+
+    def summary(self) -> str:
+        """Its state and the end of what ran in it, for a report."""
+        death = self.settle()
+        state = str(death) if death else f"{self.ip or 'no network'}, running"
+        return "\n".join([state, *map(describe_end, self.processes)])
+
+    def why_dead(self) -> NsboxError:
+        try:
+            return self.death() or ContainerDied(f"container {self.name!r} does not answer")
+        except NsboxError as error:
+            return error
+
+    # ------------------------------------------------------------------ init
+
+    def ask_init(self, message: wire.Message, fds: list[int]) -> None:
+        """Send init a request whose first descriptor the answers come back on."""
+        if self._closed:
+            raise self.why_dead()
+        try:
+            wire.send(self._init, message, fds)
+        except (BrokenPipeError, ConnectionResetError, ConnectionRefusedError):
+            raise self.why_dead() from None
+
+    def request_init(self, message: wire.Message) -> list[int]:
+        """Ask init and wait. Raises OSError as it was raised inside."""
+        mine, theirs = wire.pair()
+        with mine:
+            with theirs:
+                self.ask_init(message, [theirs.fileno()])
+            try:
+                answer, fds = wire.reply_of(mine)
+            except ContainerDied:
+                raise self.why_dead() from None
+        if "oserror" in answer:
+            number, text, filename = answer["oserror"]
+            raise OSError(number, text, filename)
+        return fds
+
+    # ------------------------------------------------------------------ commands
+
+    def environment(self) -> dict[str, str]:
+        """The environment that commands have unless told otherwise."""
+        if self.rootfs.is_host:
+            env = dict(os.environ)
+        else:
+            env = {"PATH": _PATH, "HOME": "/root", **self.rootfs.env}
+        env["HOSTNAME"] = self.hostname
+        env.update(self.spec.env)
+        return env
+
+    def working_directory(self) -> str | None:
+        if self.spec.cwd is not None:
+            return self.spec.cwd
+        return os.getcwd() if self.rootfs.is_host else self.rootfs.cwd or "/"
+
+    def command(
+        self,
+        env: Mapping[str, str] | None,
+        cwd: str | os.PathLike[str] | None,
+        user: str | int | None,
+    ) -> wire.Message:
+        """Environment, directory and user of a command, as init is told them."""
+        if user is None:
+            user = self.spec.user if self.spec.user is not None else self.rootfs.user
+        return {
+            "env": dict(self.environment() if env is None else env),
+            "cwd": self.working_directory() if cwd is None else os.fspath(cwd),
+            "cwd_optional": cwd is None and self.spec.cwd is None,
+            "user": None if user is None else str(user),
+            "set_home": env is None and "HOME" not in self.spec.env,
+        }
+
+    def popen(
+        self,
+        args: Arguments,
+        *,
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        shell: bool = False,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        bufsize: int = -1,
+        pass_fds: tuple[int, ...] = (),
+    ) -> Process:
+        """Start a command and return at once (`subprocess.Popen`).
+
+        What it writes is kept for its `log`, unless `stdout` and `stderr` say otherwise. `env`
+        replaces the whole environment; `user` is as in `docker run --user`.
+
+        Raises OSError as the start inside did (FileNotFoundError, PermissionError), or
+        ContainerDied.
+        """
+        process = Process(
+            self,
+            args,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=env,
+            cwd=cwd,
+            user=user,
+            shell=shell,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            bufsize=bufsize,
+            pass_fds=pass_fds,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(
+        self,
+        args: Arguments,
+        *,
+        stdin: int | IO[Any] | None = None,
+        input: str | bytes | None = None,
+        stdout: int | IO[Any] | None = subprocess.PIPE,
+        stderr: int | IO[Any] | None = subprocess.PIPE,
+        check: bool = False,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        user: str | int | None = None,
+        shell: bool = False,
+        text: bool | None = True,
+        encoding: str | None = None,
+        errors: str | None = None,
+    ) -> Result:
+        """Run a command and wait for it (`subprocess.run`); output is captured, as text.
+
+        `timeout` is in seconds; past it the command and all that it has started are killed.
+
+        Raises CommandError (a `subprocess.CalledProcessError`) with `check`,
+        `subprocess.TimeoutExpired`, OSError as the start inside did, or ContainerDied when the
+        container was dead before.
+        """
+        if isinstance(input, bytes) and text:
+            text = None if encoding is None and errors is None else text
+        if input is not None:
+            if stdin is not None:
+                raise ValueError("stdin and input cannot both be given")
+            stdin = subprocess.PIPE
+        process = Process(
+            self,
+            args,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=env,
+            cwd=cwd,
+            user=user,
+            shell=shell,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+            tree=timeout is not None,
+        )
+        with process:
+            try:
+                out, err = process.communicate(input, timeout)
+            except subprocess.TimeoutExpired as expired:
+                process.kill_tree()
+                expired.stdout, expired.stderr = process.communicate()
+                raise
+            except BaseException:
+                with contextlib.suppress(NsboxError, OSError):
+                    process.kill_tree()
+                raise
+            finally:
+                process.abandon()
+        result = Result(
+            process.args,
+            process.returncode,
+            out,
+            err,
+            oom_killed=self._out_of_memory(process),
+            usage=process.usage,
+        )
+        if check and result.returncode:
+            error = CommandError(result.returncode, process.args, out, err)
+            if result.oom_killed:
+                error.add_note(out_of_memory(self.spec, self.state()))
+            raise error
+        return result
+
+    def _out_of_memory(self, process: Process) -> bool:
+        """Only a kill can be one for memory: of the command, or of a shell's own child."""
+        if self.spec.memory is None or process.returncode not in (-signal.SIGKILL, 137):
+            return False
+        return bool(self.state()["reason"] == "memory")
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, timeout: float | None = None, **kwargs: Any
+    ) -> Any:
+        """Run a Python function inside and return its result or raise its exception.
+
+        The function runs in a fork of this process that has entered the container: it sees the
+        test's variables and modules, and the container's files, network and processes. Raises
+        CallError when it ends without a result.
+        """
+        if not self.rootfs.is_host:
+            raise NsboxError(
+                "call needs the host's Python inside, so rootfs='host'; use run() with this image"
+            )
+        return call(self, function, args, kwargs, timeout)
+
+    # ------------------------------------------------------------------ network
+
+    def connect(self, port: int, *, timeout: float | None = 10) -> socket.socket:
+        """A TCP connection to a port inside, as a neighbour on its network makes it.
+
+        A server that listens on the container's own loopback only is reached there. `timeout`,
+        in seconds, is for connecting. Raises OSError (ConnectionRefusedError) or ContainerDied.
+        """
+        reply, fds = self.session.request("socket", id=self.id, type=socket.SOCK_STREAM)
+        if reply["ip"] is not None:
+            sock = socket.socket(fileno=fds[0])
+            try:
+                return _connected(sock, (reply["ip"], port), timeout)
+            except ConnectionRefusedError:
+                sock.close()
+        message = {"op": "socket", "family": int(socket.AF_INET), "type": int(socket.SOCK_STREAM)}
+        (fd,) = self.request_init(message)
+        sock = socket.socket(fileno=fd)
+        try:
+            return _connected(sock, ("127.0.0.1", port), timeout)
+        except ConnectionRefusedError:
+            sock.close()
+            raise ConnectionRefusedError(
+                111, f"nothing listens on port {port} of container {self.name!r}"
+            ) from None
+
+    def publish(self, port: int, host_port: int = 0) -> tuple[str, int]:
+        """Make a port of the container reachable on the host's loopback.
+
+        Returns (host, port) there; `host_port` 0 lets the host choose. It ends with the
+        container. Raises OSError (EADDRINUSE).
+        """
+        with socket.create_server(("127.0.0.1", host_port), backlog=128) as listener:
+            self.session.request("publish", [listener.fileno()], id=self.id, port=port)
+            host, chosen = listener.getsockname()
+            return str(host), int(chosen)
+
+    def wait_for_port(
+        self, port: int, *, process: Process | None = None, timeout: float = 30
+    ) -> None:
+        """Wait until something inside listens on a TCP port.
+
+        Fails at once when `process`, or the last one that `popen` has started, dies first.
+        Raises WaitError, with the last that the process wrote.
+        """
+        process = process or (self.processes[-1] if self.processes else None)
+        what = f"port {port} of container {self.name!r}"
+        for left in _intervals(timeout, process, self._pidfd):
+            if port in listening.ports(self):
+                return
+            death = None if process is None or process.poll() is None else describe_end(process)
+            if death is not None and port not in listening.ports(self):
+                raise WaitError(f"{what} cannot open any more: {death}")
+            if left <= 0:
+                break
+        hint = "" if process is None else f"; {describe_end(process)}"
+        raise WaitError(f"{what} has not opened within {timeout:g} s{hint}")
+
+    def wait_until(self, condition: Callable[[], Any], *, timeout: float = 30) -> Any:
+        """Call `condition` until it returns something true, which is returned.
+
+        Raises WaitError after `timeout` seconds, and at once when the container dies.
+        """
+        for left in _intervals(timeout, None, self._pidfd):
+            value = condition()
+            if value:
+                return value
+            dead = select.select([self._pidfd], [], [], 0)[0]
+            if dead:
+                raise WaitError(f"cannot come true any more: {self.why_dead()}")
+            if left <= 0:
+                break
+        name = getattr(condition, "__name__", repr(condition))
+        raise WaitError(f"{name} has not come true within {timeout:g} s")
+
+    def wait_for_log(
+        self, text: str, *, process: Process | None = None, timeout: float = 30
+    ) -> str:
+        """Wait until a process has written a line that has `text` in it, and return the line.
+
+        `process` is the last one that `popen` has started, unless given. Fails at once when it
+        dies first. Raises WaitError, with the last that it wrote.
+        """
+        process = process or (self.processes[-1] if self.processes else None)
+        if process is None:
+            raise WaitError(f"no process of container {self.name!r} whose log could be waited on")
+        for left in _intervals(timeout, process, self._pidfd):
+            ended = process.poll() is not None
+            for line in process.log().splitlines():
+                if text in line:
+                    return line
+            if ended:
+                raise WaitError(f"{text!r} will not be written any more: {describe_end(process)}")
+            if left <= 0:
+                break
+        raise WaitError(f"{text!r} was not written within {timeout:g} s; {describe_end(process)}")
+
+    # ------------------------------------------------------------------ files
+
+    def open(self, path: str | os.PathLike[str], flags: int, mode: int = 0o644) -> int:
+        """open(2) inside, by init; returns a descriptor. Raises OSError as inside."""
+        message: wire.Message = {
+            "op": "open",
+            "path": os.path.join("/", os.fspath(path)),
+            "flags": flags,
+            "mode": mode,
+        }
+        (fd,) = self.request_init(message)
+        return fd
+
+    def read_bytes(self, path: str | os.PathLike[str]) -> bytes:
+        """The content of a file inside. Raises OSError as inside."""
+        with os.fdopen(self.open(path, os.O_RDONLY), "rb") as file:
+            return file.read()
+
+    def read_text(self, path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+        """The content of a file inside, as text. Raises OSError as inside."""
+        return self.read_bytes(path).decode(encoding)
+
+    def write_bytes(self, path: str | os.PathLike[str], data: bytes) -> None:
+        """Write a file inside, its old content replaced. Raises OSError as inside."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(self.open(path, flags), "wb") as file:
+            file.write(data)
+
+    def write_text(self, path: str | os.PathLike[str], text: str, encoding: str = "utf-8") -> None:
+        """Write a text file inside, its old content replaced. Raises OSError as inside."""
+        self.write_bytes(path, text.encode(encoding))
+
+
+def _connected(
+    sock: socket.socket, address: tuple[str, int], timeout: float | None
+) -> socket.socket:
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _intervals(timeout: float, process: Process | None, pidfd: int):  # type: ignore[no-untyped-def]
+    """Yields the seconds left, again and again, until none are.
+
+    The kernel has no event for a port that begins to listen or a condition that comes true, so
+    between two looks this waits for what has one: the death of the process or of the container.
+    """
+    deadline = time.monotonic() + timeout
+    pause = 0.001
+    while True:
+        left = deadline - time.monotonic()
+        yield left
+        if left <= 0:
+            return
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        fd = None if process is None else process.fileno()
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+        poll.poll(min(pause, left) * 1000)
+        pause = min(pause * 1.5, 0.05)
+
+
+def out_of_memory(spec: SandboxSpec, state: wire.Message) -> str:
+    """ "out of memory: limit 64 MiB, peak 63.9 MiB" """
+    text = "out of memory"
+    if spec.memory is not None:
+        text += f": limit {format_size(spec.memory)}"
+    peak = (state["stats"] or {}).get("memory_peak")
+    if peak is not None:
+        text += f", peak {format_size(peak)}"
+    return text

@@ -1,0 +1,177 @@
+"""Python functions that run inside a container: a fork of this process enters it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from pytest_nsbox.errors import CallError, NsboxError
+
+if TYPE_CHECKING:
+    from pytest_nsbox.session.container import Container
+
+_LENGTH = struct.Struct("=Q")
+PATIENCE = 0.2  # seconds by which a killed container's process may seem to die before it
+
+Send = Callable[[bytes], None]
+
+
+class Inside:
+    """A forked child at work in a container, and what it has to say.
+
+    The child runs `body` with a function that sends a message out, and which returns when the
+    message has been dealt with: what both write to a terminal stays in order.
+    """
+
+    def __init__(
+        self, container: Container, body: Callable[[Send], None], cwd: str | None = None
+    ) -> None:
+        from pytest_nsbox.init.enter import Ticket, fork_into
+
+        reply, fds = container.session.request("enter", id=container.id)
+        kept = reply["capabilities"]
+        ticket = Ticket(
+            pidfd=fds[0],
+            cgroup_procs=fds[1:],
+            own_network=reply["network"],
+            own_time=reply["time"],
+            own_user=reply["user"],
+            capabilities=None if kept is None else frozenset(kept),
+        )
+        self._socket, theirs = socket.socketpair()
+
+        def child() -> int:
+            self._socket.close()
+            body(lambda data: _send(theirs, data))
+            _flush()
+            return 0
+
+        _flush()  # or the child would write it once more
+        try:
+            with theirs:
+                self.pid = fork_into(ticket, child, cwd)
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            ticket.close()
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def messages(self, timeout: float | None = None) -> Iterator[bytes]:
+        """What the child sends, until it ends.
+
+        Raises TimeoutError when that takes longer than `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(self.pidfd, select.POLLIN)
+        buffer = bytearray()
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0) * 1000
+            ready = {fd for fd, _ in poll.poll(left)}
+            if not ready:
+                raise TimeoutError
+            # a grandchild may hold the socket open, so the child's end ends it, too
+            chunk = self._socket.recv(1 << 20) if self._socket.fileno() in ready else b""
+            if not chunk:
+                return
+            buffer += chunk
+            while len(buffer) >= _LENGTH.size:
+                end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+                if len(buffer) < end:
+                    break
+                data = bytes(buffer[_LENGTH.size : end])
+                del buffer[:end]
+                yield data
+                with contextlib.suppress(OSError):
+                    self._socket.sendall(b"\n")
+
+    def end(self) -> int:
+        """Wait for the child; its exit code, negative for the signal that killed it."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self._socket.close()
+        return os.waitstatus_to_exitcode(status)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.end()
+
+
+def _send(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(_LENGTH.pack(len(data)))
+    sock.sendall(data)
+    if not sock.recv(1):
+        os._exit(1)  # nobody is left to hear the rest
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def call(
+    container: Container,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    timeout: float | None,
+) -> Any:
+    """Run a function inside and bring its result or its exception out."""
+    name = getattr(function, "__qualname__", repr(function))
+
+    def body(send: Send) -> None:
+        try:
+            outcome = ("result", function(*args, **kwargs), "")
+        except BaseException as error:
+            outcome = ("raised", error, traceback.format_exc())
+        try:
+            data = pickle.dumps(outcome)
+            pickle.loads(data)  # what cannot be read back had better be known here
+        except Exception as error:
+            kind, value, text = outcome
+            why = f"{name} {kind} {value!r}, which cannot be brought out: {error}"
+            data = pickle.dumps(("lost", why, text))
+        send(data)
+
+    inside = Inside(container, body, container.working_directory())
+    try:
+        data = b"".join(inside.messages(timeout))
+    except TimeoutError:
+        inside.kill()
+        raise CallError(f"{name} has not ended within {timeout} s and was killed") from None
+    except BaseException:
+        inside.kill()
+        raise
+    code = inside.end()
+    if not data:
+        raise _no_result(container, name, code)
+    kind, value, text = pickle.loads(data)  # the child is the test itself
+    if kind == "result":
+        return value
+    if kind == "lost":
+        raise CallError(f"{value}\n{text}".rstrip())
+    value.add_note(f"raised inside container {container.name!r}:\n{text}")
+    raise value
+
+
+def _no_result(container: Container, name: str, code: int) -> NsboxError:
+    dead = container.death(patience=PATIENCE if code == -signal.SIGKILL else 0)
+    if dead is not None:
+        return dead
+    if code < 0:
+        return CallError(f"{name} was killed by {signal.Signals(-code).name}")
+    return CallError(f"{name} left its process with status {code} and no result")

@@ -1,0 +1,52 @@
+"""From what a user asked for to what the launcher is told to build."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from pytest_nsbox.model import capabilities
+from pytest_nsbox.model.order import MountOrder, Order
+from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.model.spec import Bind, SandboxSpec, Tmpfs
+from pytest_nsbox.model.units import parse_size
+
+
+def make_order(
+    spec: SandboxSpec,
+    name: str,
+    rootfs: Rootfs,
+    passthrough: Iterable[str],
+    visible: Iterable[str],
+) -> Order:
+    """The order for one container."""
+    return Order(
+        name=name,
+        hostname=spec.hostname or name,
+        layers=tuple(rootfs.layers),
+        limits=spec.limits(),
+        disk=spec.disk,
+        network=spec.network,
+        networks=tuple(network.id for network in spec.networks or ()),
+        dns=spec.dns,
+        hosts=dict(spec.hosts),
+        mounts=tuple(map(_mount, spec.mounts)),
+        read_only=spec.read_only,
+        sysctls=dict(spec.sysctls),
+        uptime=spec.uptime,
+        userns=spec.userns,
+        capabilities=tuple(sorted(capabilities.resolve(spec.capabilities))),
+        privileged=spec.privileged,
+        timeout=spec.timeout,
+        passthrough=tuple(os.path.realpath(path) for path in passthrough),
+        visible=tuple(os.path.realpath(path) for path in visible),
+    )
+
+
+def _mount(mount: Bind | Tmpfs) -> MountOrder:
+    if isinstance(mount, Bind):
+        return MountOrder(
+            dst=os.fspath(mount.dst), src=os.path.realpath(mount.src), read_only=mount.read_only
+        )
+    size = None if mount.size is None else parse_size(mount.size)
+    return MountOrder(dst=os.fspath(mount.dst), size=size)

@@ -1,0 +1,259 @@
+"""A session: one launcher, and the containers and networks it has made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pytest_nsbox import wire
+from pytest_nsbox.errors import ContainerDied, SpecError, TeardownError, UnsupportedError
+from pytest_nsbox.model.addressing import DEFAULT_SUBNET, parse_subnet
+from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.model.spec import SandboxSpec
+from pytest_nsbox.session.container import Container
+from pytest_nsbox.session.network import Network
+from pytest_nsbox.session.order import make_order
+
+UPLINKS = ("auto", "veth", "pasta", "slirp4netns", "none")
+_TEARDOWN = 30.0  # seconds until a launcher that does not end is an error
+
+
+class Session:
+    """Containers for as long as it is open.
+
+    `subnet` is the default network's, `uplink` how containers reach the outside, `cache` the
+    directory of unpacked images. `spec` gives the defaults of every container. Nothing is started
+    before it is entered or first used; what it has made is taken down when it is closed, and also
+    when this process dies.
+    """
+
+    def __init__(
+        self,
+        *,
+        subnet: str = DEFAULT_SUBNET,
+        uplink: str = "auto",
+        cache: str | os.PathLike[str] | None = None,
+        spec: SandboxSpec | None = None,
+        resolve_rootfs: Callable[[str], Rootfs | None] | None = None,
+    ) -> None:
+        parse_subnet(subnet)
+        if uplink not in UPLINKS:
+            raise SpecError(f"uplink {uplink!r} is not one of {', '.join(UPLINKS)}")
+        self.subnet = subnet
+        self.uplink = uplink
+        self.spec = spec or SandboxSpec()
+        self._cache = os.fspath(cache) if cache is not None else _cache_directory()
+        self._resolve_rootfs = resolve_rootfs
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._lifeline: socket.socket | None = None
+        self._words: Any = None  # what the launcher has to say on its standard error
+        self._owner = 0
+        self._names: set[str] = set()
+        self._networks = 0
+
+    # ------------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Start the launcher in the background, if it is not running."""
+        if self._launcher is not None:
+            return
+        check_host(self.uplink)
+        self._owner = os.getpid()
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as we do
+        ours, theirs = wire.pair()
+        options = {"subnet": self.subnet, "uplink": self.uplink, "cache": self._cache}
+        command = [sys.executable, "-P", "-m", "pytest_nsbox.launcher"]
+        with theirs:
+            self._launcher = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid()), json.dumps(options)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._words,
+                stderr=self._words,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._lifeline = ours
+
+    def close(self) -> None:
+        """Take everything down and wait until it is. Raises TeardownError for what stays.
+
+        In a forked child this does nothing: the parent's containers are not the child's.
+        """
+        if self._launcher is None or os.getpid() != self._owner:
+            return
+        launcher, self._launcher = self._launcher, None
+        assert self._lifeline is not None
+        self._lifeline.close()
+        try:
+            status = launcher.wait(_TEARDOWN)
+        except subprocess.TimeoutExpired:
+            launcher.kill()
+            launcher.wait()
+            raise TeardownError(
+                f"the launcher has not ended within {_TEARDOWN:.0f} s and was killed"
+            ) from None
+        finally:
+            words = self._said()
+            self._words.close()
+        if status:
+            raise TeardownError(words or f"the launcher ended with status {status}")
+
+    def _said(self) -> str:
+        self._words.seek(0)
+        return str(self._words.read().decode(errors="replace")).strip()
+
+    def __enter__(self) -> Session:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def request(
+        self, operation: str, fds: Sequence[int] = (), **fields: Any
+    ) -> tuple[wire.Message, list[int]]:
+        """Ask the launcher. Raises the NsboxError that it answers with."""
+        self.start()
+        assert self._lifeline is not None
+        try:
+            return wire.request(self._lifeline, {"op": operation, **fields}, fds)
+        except ContainerDied:
+            words = self._said()
+            if words and operation not in ("destroy",):
+                raise ContainerDied(f"the launcher has ended:\n{words}") from None
+            raise
+
+    # ------------------------------------------------------------------ things
+
+    def container(
+        self,
+        name: str | None = None,
+        *,
+        spec: SandboxSpec | None = None,
+        passthrough: Sequence[str] = (),
+        visible: Sequence[str] = (),
+        **keywords: Any,
+    ) -> Container:
+        """A running container; a context manager that takes it down.
+
+        `name` is its host name too, unless `hostname` is given. `spec` replaces the session's
+        defaults, `keywords` are those of `@pytest.mark.sandbox`. `passthrough` are directories of
+        the host to show as they are, writable; `visible` those to show copy-on-write even below
+        /tmp or /run, which a container has for itself.
+
+        Raises SpecError, RootfsError, UnsupportedError or SetupError.
+        """
+        full = (spec or self.spec).replace(**keywords)
+        rootfs = self.resolve_rootfs(full.rootfs)
+        name = self._name(name)
+        try:
+            order = make_order(
+                full, name, rootfs, passthrough, [*visible, sys.prefix, sys.base_prefix]
+            )
+            reply, fds = self.request("create", order=order.to_wire())
+        except BaseException:
+            self._names.discard(name)
+            raise
+        return Container(self, full, order, rootfs, reply, fds)
+
+    def _name(self, name: str | None) -> str:
+        if name is None:
+            number = 1
+            while f"nsbox{number}" in self._names:
+                number += 1
+            name = f"nsbox{number}"
+        else:
+            try:
+                SandboxSpec.make(hostname=name)
+            except SpecError:
+                raise SpecError(
+                    f"container name {name!r}: letters, digits and hyphens, as it is a host name"
+                ) from None
+            if name in self._names:
+                raise SpecError(f"container name {name!r} is taken by one that still runs")
+        self._names.add(name)
+        return name
+
+    def release_name(self, name: str) -> None:
+        self._names.discard(name)
+
+    def network(
+        self, name: str | None = None, *, subnet: str | None = None, internet: bool = True
+    ) -> Network:
+        """A network of its own; a context manager that removes it.
+
+        `subnet` is an IPv4 network (default: 10.89.N.0/24). Without `internet` it has no way out.
+        """
+        return Network.make(self, name, subnet, internet)
+
+    def network_number(self) -> int:
+        """A number for a network that has not been named."""
+        self._networks += 1
+        return self._networks % 256
+
+    def resolve_rootfs(self, source: Any) -> Rootfs:
+        """Where a container's files come from. Raises RootfsError."""
+        if isinstance(source, Rootfs):
+            return source
+        source = os.fspath(source)
+        if source == "host":
+            return Rootfs(source="host", layers=())
+        if self._resolve_rootfs is not None:
+            found = self._resolve_rootfs(source)
+            if found is not None:
+                return found
+        if _is_path(source):
+            source = os.path.abspath(source)
+        reply, _ = self.request("import_rootfs", source=source)
+        return Rootfs.from_wire(reply["rootfs"])
+
+    def describe(self) -> str:
+        """One line on what this host gives."""
+        return str(self.request("describe")[0]["cgroups"])
+
+
+def _is_path(source: str) -> bool:
+    return os.path.exists(source.partition("#")[0]) or ":" not in source
+
+
+def _cache_directory() -> str:
+    """$XDG_CACHE_HOME/nsbox, or ~/.cache/nsbox."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return str(Path(home, "nsbox").absolute())
+
+
+def check_host(uplink: str = "auto") -> None:
+    """Raises UnsupportedError where no container can be made at all."""
+    if sys.platform != "linux":
+        raise UnsupportedError(
+            f"containers need Linux, this is {sys.platform}; run the tests in a Linux virtual "
+            "machine (WSL 2, Lima), or mark them to be skipped: --nsbox-unsupported=skip"
+        )
+    if os.geteuid() != 0:
+        raise UnsupportedError(
+            "containers need root so far: run pytest as root (sudo -E python -m pytest), "
+            "or skip these tests: --nsbox-unsupported=skip"
+        )
+    with contextlib.suppress(OSError):
+        if "\toverlay" not in Path("/proc/filesystems").read_text() and not _load_overlay():
+            raise UnsupportedError(
+                "this kernel has no overlay filesystem; load its module: modprobe overlay"
+            )
+    if uplink in ("pasta", "slirp4netns"):
+        raise UnsupportedError(
+            f"--nsbox-uplink={uplink} is for ordinary users; root has 'veth', and 'none'"
+        )
+
+
+def _load_overlay() -> bool:
+    """The module loads by itself at the first mount, where there is a module."""
+    release = os.uname().release
+    return any(Path(f"/lib/modules/{release}/kernel/fs/overlayfs").glob("overlay.ko*"))

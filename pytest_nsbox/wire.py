@@ -1,0 +1,143 @@
+"""The messages between the test process, the launcher and init.
+
+A message is one JSON object in one packet of a SOCK_SEQPACKET socket, with file descriptors beside
+it (unix(7), SCM_RIGHTS). A large one travels in a memfd whose descriptor comes first. A request
+carries the descriptor that its answer comes back on, so that threads and forked children can
+share a socket without a lock, and the end of file on it says that nobody will answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from pytest_nsbox import errors
+
+Message = dict[str, Any]
+
+_PACKET = 32 << 10
+_LARGEST = 16 << 20
+_MOST_FDS = 64
+_IN_MEMFD = b"*"
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(sock: socket.socket, message: Message, fds: Iterable[int] = ()) -> None:
+    """Send one message. Raises OSError (EPIPE when the other end is gone)."""
+    payload = json.dumps(message, separators=(",", ":")).encode()
+    fds = list(fds)
+    if len(payload) <= _PACKET:
+        socket.send_fds(sock, [payload], fds, socket.MSG_NOSIGNAL)
+        return
+    memfd = os.memfd_create("nsbox-message", os.MFD_CLOEXEC)
+    try:
+        os.writev(memfd, [payload])
+        socket.send_fds(sock, [_IN_MEMFD], [memfd, *fds], socket.MSG_NOSIGNAL)
+    finally:
+        os.close(memfd)
+
+
+def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]] | None:
+    """The next message and its descriptors (close-on-exec), or None at the end of file.
+
+    Raises ValueError for what is no message: the other end is not to be trusted with more.
+    """
+    payload, fds, _flags, _ = socket.recv_fds(
+        sock, _PACKET, _MOST_FDS, flags | socket.MSG_CMSG_CLOEXEC
+    )
+    if not payload:
+        return None
+    try:
+        if payload == _IN_MEMFD:
+            memfd = fds.pop(0)
+            try:
+                size = os.fstat(memfd).st_size
+                if size > _LARGEST:
+                    raise ValueError(f"a message of {size} bytes")
+                payload = os.pread(memfd, size, 0)
+            finally:
+                os.close(memfd)
+        message = json.loads(payload)
+        if not isinstance(message, dict):
+            raise ValueError("a message is an object")
+    except (ValueError, RecursionError, IndexError, OSError) as error:
+        close_all(fds)
+        raise ValueError(f"not a message: {error}") from None
+    return message, fds
+
+
+def close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def request(
+    sock: socket.socket, message: Message, fds: Sequence[int] = ()
+) -> tuple[Message, list[int]]:
+    """Ask and wait for the one answer.
+
+    Raises the NsboxError that the other side answers with, ContainerDied when it is gone.
+    """
+    with ask(sock, message, fds) as answer:
+        return reply_of(answer)
+
+
+@contextlib.contextmanager
+def ask(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> Iterator[socket.socket]:
+    """Send a request; gives the socket that its answers will come on."""
+    mine, theirs = pair()
+    with mine:
+        with theirs:
+            try:
+                send(sock, message, [theirs.fileno(), *fds])
+            except (BrokenPipeError, ConnectionResetError):
+                raise errors.ContainerDied(
+                    f"cannot {message.get('op')}: the other side has ended"
+                ) from None
+        yield mine
+
+
+def reply_of(answer: socket.socket) -> tuple[Message, list[int]]:
+    """The next answer on a request's socket, its error raised."""
+    try:
+        received = receive(answer)
+    except ConnectionResetError:
+        received = None
+    if received is None:
+        raise errors.ContainerDied("the other side has ended")
+    message, fds = received
+    if "error" in message:
+        close_all(fds)
+        raise load_error(message["error"])
+    return message, fds
+
+
+def dump_error(error: BaseException) -> Message:
+    """An error as plain data."""
+    name = type(error).__name__ if type(error).__name__ in errors.BY_NAME else "SetupError"
+    data: Message = {"type": name, "text": str(error)}
+    if isinstance(error, OSError):
+        data["errno"] = error.errno
+    notes = list(getattr(error, "__notes__", ()))
+    if notes:
+        data["notes"] = notes
+    return data
+
+
+def load_error(data: Any) -> errors.NsboxError:
+    """The error that `dump_error` made data of."""
+    if not isinstance(data, dict):
+        return errors.NsboxError(str(data))
+    error = errors.BY_NAME.get(str(data.get("type")), errors.NsboxError)(str(data.get("text")))
+    for note in data.get("notes", ()):
+        error.add_note(str(note))
+    return error

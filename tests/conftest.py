@@ -1,0 +1,67 @@
+"""Shared by all tests: pytest in a subprocess, with the real plugin."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.audit import Snapshot, take
+from tests.images import Images
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the outer run was given must not reach the runs that tests start."""
+    for name in list(os.environ):
+        if name.startswith(("PYTEST_NSBOX_", "PYTEST_XDIST")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_nsbox.plugin")
+
+
+@pytest.fixture
+def run_pytest(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
+    """Run pytest as a user does, on a test file given as text."""
+
+    def run(source: str, *args: str, **files: str) -> pytest.RunResult:
+        pytester.makepyfile(test_it=source, **files)
+        return pytester.runpytest_subprocess("-p", "no:cacheprovider", *args)
+
+    return run
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[Snapshot]:
+    """The machine is after the test as it was before."""
+    before = take()
+    yield before
+    before.must_equal_soon()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """Real root filesystems and images, made once by real tools."""
+    return Images(tmp_path_factory.mktemp("images"))
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    assert found, f"these tests need {name}; ci/test installs it"
+    return found
+
+
+def command_line() -> list[str]:
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+
+
+def run_tool(*command: str | Path, **options: object) -> str:
+    """The output of a program that must succeed."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return str(done.stdout)

@@ -1,0 +1,84 @@
+"""Root filesystems and images from Debian's busybox, packed by umoci and skopeo."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+
+class Images:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def _run(self, *command: str | Path) -> None:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+    @functools.cached_property
+    def tree(self) -> Path:
+        """A directory with busybox and all its commands."""
+        root = self.directory / "tree"
+        for name in ("bin", "etc", "root", "usr/share", "var/www"):
+            (root / name).mkdir(parents=True)
+        shutil.copy("/bin/busybox", root / "bin/busybox")
+        names = subprocess.check_output(["/bin/busybox", "--list"], text=True).split()
+        for name in names:
+            if name != "busybox":
+                os.symlink("busybox", root / "bin" / name)
+        (root / "etc/passwd").write_text(
+            "root:x:0:0:root:/root:/bin/sh\nweb:x:33:33::/var/www:/bin/sh\n"
+        )
+        (root / "etc/group").write_text("root:x:0:\nweb:x:33:\nextra:x:44:web\n")
+        (root / "etc/release").write_text("from the tree\n")
+        return root
+
+    @functools.cached_property
+    def tarball(self) -> Path:
+        path = self.directory / "root.tar.gz"
+        self._run("tar", "-C", self.tree, "-czf", path, ".")
+        return path
+
+    @functools.cached_property
+    def oci_layout(self) -> Path:
+        """Three layers: the tree; a file changed and one added; one of both removed again."""
+        layout, bundle = self.directory / "layout", self.directory / "bundle"
+        image = f"{layout}:app"
+        self._run("umoci", "init", "--layout", layout)
+        self._run("umoci", "new", "--image", image)
+        self._run("umoci", "unpack", "--image", image, bundle)
+        root = bundle / "rootfs"
+        shutil.copytree(self.tree, root, symlinks=True, dirs_exist_ok=True)
+        self._run("umoci", "repack", "--refresh-bundle", "--image", image, bundle)
+        (root / "etc/release").write_text("from the second layer\n")
+        (root / "var/www/index.html").write_text("hello from the image\n")
+        (root / "var/www/draft.html").write_text("not for publication\n")
+        self._run("umoci", "repack", "--refresh-bundle", "--image", image, bundle)
+        (root / "var/www/draft.html").unlink()
+        self._run("umoci", "repack", "--refresh-bundle", "--image", image, bundle)
+        self._run(
+            "umoci", "config", "--image", image,
+            "--config.env", "GREETING=hello", "--config.workingdir", "/var/www",
+        )  # fmt: skip
+        return layout
+
+    @functools.cached_property
+    def docker_archive(self) -> Path:
+        """What `docker save` writes."""
+        path = self.directory / "image.tar"
+        self._run(
+            "skopeo",
+            "copy",
+            "--quiet",
+            f"oci:{self.oci_layout}:app",
+            f"docker-archive:{path}:app:1",
+        )
+        return path
+
+    @functools.cached_property
+    def oci_archive(self) -> Path:
+        path = self.directory / "image-oci.tar"
+        self._run("skopeo", "copy", "--quiet", f"oci:{self.oci_layout}:app", f"oci-archive:{path}")
+        return path

@@ -1,0 +1,167 @@
+"""What a container may use, and what is said when it goes over."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pytest_nsbox import Container, OutOfMemory, SpecError
+
+HOG = ["python3", "-c", "x = bytearray(200 << 20)"]
+
+BUSY = """
+import os, time
+end = time.monotonic() + 2
+while time.monotonic() < end: pass
+print(sum(os.times()[:2]) / 2)
+"""
+
+
+@pytest.mark.sandbox(cpus=0.5)
+def test_a_busy_loop_gets_its_share_of_a_core(nsbox_container: Container) -> None:
+    # the interpreter's own start is before the two seconds that are measured
+    share = float(nsbox_container.run(["python3", "-S", "-c", BUSY], check=True).stdout)
+    assert share == pytest.approx(0.5, abs=0.05)
+    stats = nsbox_container.stats()
+    assert stats.cpu >= 0.9
+    assert stats.throttled is not None
+    assert stats.throttled > 0.5
+
+
+@pytest.mark.sandbox(cpuset="1")
+def test_it_runs_on_the_cores_it_is_given(nsbox_container: Container) -> None:
+    assert nsbox_container.call(os.sched_getaffinity, 0) == {1}
+
+
+@pytest.mark.sandbox(memory="64M")
+def test_over_memory_the_container_is_killed(nsbox_container: Container) -> None:
+    sleeper = nsbox_container.popen(["sleep", "1000"])
+    result = nsbox_container.run(HOG)
+    assert result.oom_killed
+    assert result.returncode == -9
+    assert sleeper.wait(10) == -9  # all of it, not only the largest process
+    with pytest.raises(OutOfMemory, match=r"out of memory: limit 64 MiB, peak 6[34](\.\d)? MiB"):
+        nsbox_container.run(["true"])
+    stats = nsbox_container.stats()
+    assert stats.oom_kills >= 1
+    assert stats.memory_limit == 64 << 20
+
+
+def test_a_command_that_kills_itself_is_not_out_of_memory(
+    nsbox_container_factory: Any,
+) -> None:
+    container = nsbox_container_factory(memory="64M")
+    result = container.run("kill -9 $$", shell=True)
+    assert (result.returncode, result.oom_killed) == (-9, False)
+    container.run(["true"], check=True)
+
+
+def test_the_report_says_out_of_memory_with_limit_and_peak(
+    run_pytest: Callable[..., pytest.RunResult],
+) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.sandbox(memory="64M")
+        def test_inside():
+            bytearray(200 << 20)
+
+        @pytest.mark.sandbox(memory="64M")
+        def test_outside(nsbox_container):
+            nsbox_container.run(["python3", "-c", "x = bytearray(200 << 20)"], check=True)
+        """
+    )
+    result.assert_outcomes(failed=2)
+    text = result.stdout.str()
+    assert text.count("out of memory: limit 64 MiB, peak 6") >= 2, text
+
+
+@pytest.mark.sandbox(memory="64M")
+def test_a_large_file_is_not_out_of_memory(nsbox_container: Container) -> None:
+    command = "head -c 200M /dev/zero > /var/large; head -c 200M /dev/zero > /tmp/large"
+    nsbox_container.run(command, shell=True, check=True)
+    sizes = nsbox_container.run(["stat", "-c%s", "/var/large", "/tmp/large"]).stdout
+    assert sizes.split() == [str(200 << 20)] * 2
+
+
+@pytest.mark.sandbox(pids=20)
+def test_the_fork_past_pids_fails_with_eagain(nsbox_container: Container) -> None:
+    def forks() -> tuple[int, int]:
+        for count in range(100):
+            try:
+                if os.fork() == 0:
+                    os.execlp("sleep", "sleep", "1000")
+            except OSError as error:
+                return count, error.errno or 0
+        return 100, 0
+
+    count, number = nsbox_container.call(forks)
+    assert number == errno.EAGAIN
+    assert 15 <= count < 20
+    assert nsbox_container.stats().pids >= 15
+
+
+@pytest.mark.sandbox(memory="64M", swap=0)
+def test_swap_none_is_kept(nsbox_container: Container) -> None:
+    assert nsbox_container.run(HOG).oom_killed
+
+
+def test_limits_are_changed_while_it_runs(nsbox_container_factory: Any) -> None:
+    container = nsbox_container_factory(memory="64M", pids=10)
+    container.update(memory="512M", pids=100)
+    assert not container.run(HOG).oom_killed
+    assert container.stats().memory_limit == 512 << 20
+    with pytest.raises(SpecError, match="cannot change 'hostname'"):
+        container.update(hostname="other")
+
+
+def test_statistics_need_no_limit(nsbox_container: Container) -> None:
+    nsbox_container.run(["python3", "-c", "sum(range(3_000_000))"], check=True)
+    stats = nsbox_container.stats()
+    assert stats.cpu > 0.01
+    assert stats.memory > 0
+    assert stats.pids == 1
+    assert stats.oom_kills == 0
+
+
+def test_a_paused_container_stands_still(nsbox_container: Container) -> None:
+    ticker = nsbox_container.popen("while true; do echo tick; sleep 0.01; done", shell=True)
+    nsbox_container.wait_for_log("tick")
+    nsbox_container.pause()
+    cpu, written = nsbox_container.stats().cpu, len(ticker.log())
+    sum(range(3_000_000))
+    assert (nsbox_container.stats().cpu, len(ticker.log())) == (cpu, written)
+    nsbox_container.unpause()
+    nsbox_container.wait_until(lambda: len(ticker.log()) > written)
+
+
+@pytest.mark.sandbox(disk="8M")
+def test_past_disk_there_is_no_space_left(nsbox_container: Container) -> None:
+    result = nsbox_container.run("head -c 20M /dev/zero > /var/large", shell=True)
+    assert result.returncode != 0
+    assert "No space left on device" in result.stderr
+
+
+def test_a_test_past_its_timeout_fails_saying_so(
+    run_pytest: Callable[..., pytest.RunResult],
+) -> None:
+    result = run_pytest(
+        """
+        import time, pytest
+
+        @pytest.mark.sandbox(timeout=0.3)
+        def test_inside():
+            time.sleep(1000)
+
+        @pytest.mark.sandbox(timeout=0.3)
+        def test_outside(nsbox_container):
+            nsbox_container.run(["sleep", "1000"])
+        """
+    )
+    result.assert_outcomes(failed=2)
+    assert result.stdout.str().count("it outlived its timeout of 0.3 s") >= 2

@@ -1,0 +1,211 @@
+"""Where a container's files come from, and where they go: nowhere."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nsbox import Bind, Container, Tmpfs
+from tests.images import Images
+
+SOURCES = ["tree", "tarball", "docker_archive", "oci_archive", "oci_layout"]
+
+
+def test_the_hosts_root_is_there_copy_on_write(nsbox_container: Container) -> None:
+    assert (
+        nsbox_container.read_text("/etc/debian_version") == Path("/etc/debian_version").read_text()
+    )
+    assert nsbox_container.run([sys.executable, "-c", "import pytest_nsbox"]).returncode == 0
+    nsbox_container.write_text("/etc/debian_version", "changed")
+    nsbox_container.write_text("/etc/nsbox-was-here", "new")
+    nsbox_container.run(["rm", "-r", "/usr/share/doc"], check=True)
+    assert nsbox_container.read_text("/etc/debian_version") == "changed"
+    assert Path("/etc/debian_version").read_text() != "changed"
+    assert not os.path.exists("/etc/nsbox-was-here")
+    assert os.path.isdir("/usr/share/doc")
+
+
+def test_no_container_sees_what_another_has_written(nsbox_container_factory: Any) -> None:
+    a, b = nsbox_container_factory(), nsbox_container_factory()
+    a.write_text("/etc/mine", "a")
+    with pytest.raises(FileNotFoundError):
+        b.read_text("/etc/mine")
+
+
+def test_other_filesystems_of_the_host_show_copy_on_write(pytester: pytest.Pytester) -> None:
+    """One is mounted for the occasion, in a mount namespace made for it."""
+    mounted = pytester.mkdir("mounted")
+    pytester.makepyfile(
+        f"""
+        import pathlib
+        FILE = pathlib.Path("{mounted}/sub/file")
+
+        def test_it(nsbox_container):
+            assert FILE.read_text() == "on the tmpfs\\n"
+            assert nsbox_container.read_text("/opt/nsbox-test/sub/file") == "on the tmpfs\\n"
+            nsbox_container.write_text("/opt/nsbox-test/sub/file", "changed")
+            nsbox_container.write_text("/opt/nsbox-test/sub/new", "new")
+            assert nsbox_container.read_text("/opt/nsbox-test/sub/file") == "changed"
+            assert FILE.read_text() == "on the tmpfs\\n"
+            assert not (FILE.parent / "new").exists()
+        """
+    )
+    script = f"""
+        set -e
+        mount -t tmpfs opt /opt; mkdir /opt/nsbox-test
+        mount -t tmpfs other {mounted}; mkdir {mounted}/sub; echo on the tmpfs > {mounted}/sub/file
+        mount --bind {mounted} /opt/nsbox-test
+        cd {pytester.path}; exec {sys.executable} -m pytest -p no:cacheprovider
+    """
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_a_container_needs_is_mounted(nsbox_container: Container) -> None:
+    mounts = [line.split() for line in nsbox_container.read_text("/proc/mounts").splitlines()]
+    kinds = {fields[1]: fields[2] for fields in mounts}
+    assert kinds["/"] == "overlay"
+    assert kinds["/proc"] == "proc"
+    assert kinds["/sys"] == "sysfs"
+    assert kinds["/dev"] == "tmpfs"
+    assert kinds["/dev/pts"] == "devpts"
+    assert kinds["/dev/mqueue"] == "mqueue"
+    assert nsbox_container.run("ls -A /tmp", shell=True, check=True).stdout == ""
+    for directory in ("/tmp", "/dev/shm", "/run/lock"):
+        mode = nsbox_container.run(["stat", "-c%a", directory], check=True).stdout
+        assert mode == "1777\n", directory
+
+
+def test_dev_has_its_nodes_and_no_others(nsbox_container: Container) -> None:
+    def nodes() -> set[str]:
+        found = set()
+        for directory, _, names in os.walk("/dev"):
+            for name in names:
+                path = os.path.join(directory, name)
+                mode = os.lstat(path).st_mode
+                if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                    found.add(path)
+        return found - {"/dev/pts/ptmx"}
+
+    wanted = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")}
+    assert nsbox_container.call(nodes) - {"/dev/net/tun"} == wanted
+    script = "echo x > /dev/null && head -c4 /dev/zero | wc -c && head -c4 /dev/urandom | wc -c"
+    assert nsbox_container.run(script, shell=True, check=True).stdout.split() == ["4", "4"]
+    assert "No space" in nsbox_container.run("head -c1 /dev/zero > /dev/full", shell=True).stderr
+
+
+def test_a_device_node_made_inside_opens_nothing(nsbox_container: Container) -> None:
+    """The host's disk cannot be reached by a node of its number, wherever that is made."""
+    for directory in ("/dev", "/tmp", "/var", "/dev/shm"):
+        node = f"{directory}/disk"
+        made = nsbox_container.run(["mknod", node, "c", "1", "3"])
+        if made.returncode == 0:
+            opened = nsbox_container.run(["cat", node])
+            assert "Permission denied" in opened.stderr, directory
+
+
+def test_terminals_can_be_opened(nsbox_container: Container) -> None:
+    script = "import os, pty; pid, fd = pty.fork(); pid or print('from a tty'); "
+    script += "pid and print(os.read(fd, 100).decode())"
+    assert "from a tty" in nsbox_container.run(["python3", "-c", script], check=True).stdout
+
+
+def test_the_names_of_the_container_are_in_its_files(nsbox_container_factory: Any) -> None:
+    container = nsbox_container_factory("web", hosts={"db.test": "198.51.100.7"})
+    assert container.read_text("/etc/hostname") == "web\n"
+    hosts = container.read_text("/etc/hosts")
+    assert "172.27.0.2\tweb\n" in hosts
+    assert "198.51.100.7\tdb.test\n" in hosts
+    assert Path("/etc/hostname").read_text() != "web\n"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_image_is_started_from(
+    nsbox_container_factory: Any, images: Images, source: str
+) -> None:
+    container = nsbox_container_factory(rootfs=getattr(images, source))
+    release = container.read_text("/etc/release")
+    if source in ("tree", "tarball"):
+        assert release == "from the tree\n"
+        return
+    # the layers lie in the order of the manifest
+    assert release == "from the second layer\n"
+    result = container.run("pwd; echo $GREETING; ls", shell=True, check=True)
+    assert result.stdout.split() == ["/var/www", "hello", "index.html"]
+    container.popen(["httpd", "-f", "-p", "80", "-h", "/var/www"])
+    container.wait_for_port(80)
+    with container.connect(80) as sock:
+        sock.sendall(b"GET /index.html HTTP/1.0\r\n\r\n")
+        assert sock.makefile("rb").read().endswith(b"hello from the image\n")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nothing_is_written_to_an_image(
+    nsbox_container_factory: Any, images: Images, source: str
+) -> None:
+    rootfs = getattr(images, source)
+    with nsbox_container_factory(rootfs=rootfs) as container:
+        container.write_text("/etc/release", "changed")
+        container.run(["rm", "-r", "/root"], check=True)
+    again = nsbox_container_factory(rootfs=rootfs)
+    assert again.read_text("/etc/release") != "changed\n"
+    again.run(["ls", "/root"], check=True)
+    assert (images.tree / "etc/release").read_text() == "from the tree\n"
+    assert not (images.tree / "proc").exists()
+
+
+def test_the_option_chooses_the_image_for_all(run_pytest: Any, images: Images) -> None:
+    source = """
+        def test_it(nsbox_container):
+            assert nsbox_container.read_text("/etc/release") == "from the second layer\\n"
+    """
+    run_pytest(source, f"--nsbox-rootfs={images.docker_archive}").assert_outcomes(passed=1)
+
+
+def test_a_read_only_root_refuses_to_be_written(nsbox_container_factory: Any) -> None:
+    container = nsbox_container_factory(read_only=True)
+    with pytest.raises(OSError, match="Read-only"):
+        container.write_text("/etc/x", "")
+    container.write_text("/tmp/x", "still here")
+
+
+def test_directories_and_tmpfs_are_mounted_as_asked(
+    nsbox_container_factory: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("from the host")
+    container = nsbox_container_factory(
+        mounts=[
+            Bind(tmp_path, "/mnt/ro"),
+            Bind(tmp_path, "/mnt/rw", read_only=False),
+            Tmpfs("/mnt/small", size="1M"),
+        ]
+    )
+    assert container.read_text("/mnt/ro/file") == "from the host"
+    with pytest.raises(OSError, match="Read-only"):
+        container.write_text("/mnt/ro/file", "")
+    container.write_text("/mnt/rw/back", "from inside")
+    assert (tmp_path / "back").read_text() == "from inside"
+    assert container.run("head -c 2M /dev/zero > /mnt/small/x", shell=True).returncode != 0
+
+
+def test_proc_and_sys_are_masked(nsbox_container: Container) -> None:
+    assert nsbox_container.read_text("/proc/keys") == ""
+    for path in ("/proc/sys/vm/swappiness", "/proc/irq/default_smp_affinity", "/sys/fs/cgroup/x"):
+        with pytest.raises(OSError, match="Read-only"):
+            os.close(nsbox_container.open(path, os.O_WRONLY | os.O_CREAT))
+
+
+@pytest.mark.sandbox(privileged=True)
+def test_a_privileged_container_is_not_confined(nsbox_container: Container) -> None:
+    status = nsbox_container.read_text("/proc/self/status")
+    assert "NoNewPrivs:\t0" in status
+    assert "Seccomp:\t0" in status
+    nsbox_container.run(["mount", "-t", "tmpfs", "x", "/mnt"], check=True)
