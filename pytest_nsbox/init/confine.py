@@ -20,3 +20,8 @@ class Confinement:
         capabilities.no_new_privs()
         if self.filter is not None:
             seccomp.install(self.filter)
+
+
+def confinement(keep: frozenset[str]) -> Confinement:
+    """What goes with keeping these capabilities."""
+    return Confinement(keep, seccomp.program(keep))

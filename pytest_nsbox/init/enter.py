@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pytest_nsbox.init.confine import Confinement
-from pytest_nsbox.kernel import libc, seccomp
+from pytest_nsbox.init.confine import Confinement, confinement
+from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.namespaces import FLAGS, open_namespace
 
 
@@ -37,7 +37,7 @@ class Ticket:
         """Prepared before the fork, where all is still in reach."""
         if self.capabilities is None:
             return None
-        return Confinement(self.capabilities, seccomp.program(self.capabilities))
+        return confinement(self.capabilities)
 
 
 def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
@@ -46,17 +46,17 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
     Returns the child's pid in the caller's own PID namespace. `cwd` is the directory the child
     starts in, or the root where it does not exist inside. Raises OSError.
     """
-    confinement = ticket.confinement()
+    confined = ticket.confinement()
     with _children_in(ticket.pidfd) as own:
         pid = os.fork()
         if pid == 0:
             os.close(own)
-            _child(ticket, confinement, body, cwd)
+            _child(ticket, confined, body, cwd)
     return pid
 
 
 def _child(
-    ticket: Ticket, confinement: Confinement | None, body: Callable[[], int], cwd: str | None
+    ticket: Ticket, confined: Confinement | None, body: Callable[[], int], cwd: str | None
 ) -> NoReturn:
     status = 127
     try:
@@ -73,8 +73,8 @@ def _child(
         ticket.close()
         with contextlib.suppress(OSError):
             os.chdir(cwd or "/")
-        if confinement is not None:
-            confinement.apply()
+        if confined is not None:
+            confined.apply()
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials clears it
         status = body()
     finally:

@@ -1,47 +1,65 @@
-"""From a fork of the launcher to the container's PID 1."""
+"""From a fork of the zygote to the container's PID 1."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import resource
 import signal
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from pytest_nsbox import wire
-from pytest_nsbox.init.confine import Confinement
+from pytest_nsbox.init.confine import confinement
 from pytest_nsbox.init.serve import serve
+from pytest_nsbox.init.tree import file_tree
 from pytest_nsbox.kernel import libc, mounts
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink, Request
+from pytest_nsbox.model.order import Order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InitPlan:
-    """What init does, in the order in which it does it."""
+    """All that init has to know: plain data."""
 
-    hostname: str
-    namespaces: int  # CLONE_NEW* flags left to unshare; the PID namespace is its own already
-    cgroup_procs: Sequence[int]  # open cgroup.procs files to join by
-    own_network: bool
-    netns: int | None  # else the namespace to be in
-    own_parent: bool  # the parent is not the launcher yet, but one that is about to end
-    steps: Sequence[mounts.Step]
-    network: Sequence[Request]  # for inside, once the launcher has put the interfaces there
-    confinement: Confinement | None
+    order: Order
+    network: tuple[Request, ...]  # for inside, once the launcher has put the interfaces there
+    layer: str | None  # the directory on disk for what is written; None: memory
+    resolv_conf: str
+    hosts: str
+    cgroups: tuple[str, ...] | None  # mount options of v1 hierarchies; empty on v2
+
+    def to_wire(self) -> dict[str, Any]:
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["order"] = self.order.to_wire()
+        data["network"] = [
+            [request.what, request.kind, request.flags, request.payload.hex()]
+            for request in self.network
+        ]
+        return data
+
+    @classmethod
+    def from_wire(cls, data: dict[str, Any]) -> InitPlan:
+        data = dict(data)
+        data["order"] = Order.from_wire(data["order"])
+        data["network"] = tuple(
+            Request(what, kind, flags, bytes.fromhex(payload))
+            for what, kind, flags, payload in data["network"]
+        )
+        return cls(**data)
 
 
-def run_init(plan: InitPlan, launcher: socket.socket, session: socket.socket) -> None:
-    """Be PID 1 until the end. Runs in the forked child and never returns."""
+def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
+    """Be PID 1 until the end. `fds` are the sockets to launcher and session, and the
+    cgroup.procs files to join by."""
     status = 1
+    launcher, session = (socket.socket(fileno=fd) for fd in fds[:2])
     try:
-        keep = [launcher.fileno(), session.fileno(), *plan.cgroup_procs]
-        _forget_the_launcher(keep if plan.netns is None else [*keep, plan.netns])
-        if not plan.own_parent:
-            libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-        _build(plan, launcher)
+        _leave_the_zygote(plan, fds)
+        _build(plan, launcher, fds[2:])
         serve(launcher, session)
         status = 0
     except BaseException as error:
@@ -51,44 +69,46 @@ def run_init(plan: InitPlan, launcher: socket.socket, session: socket.socket) ->
         os._exit(status)
 
 
-def _forget_the_launcher(keep: list[int]) -> None:
-    """Close what belongs to the launcher, so that its sockets close when it does."""
+def _leave_the_zygote(plan: InitPlan, keep: list[int]) -> None:
+    if not plan.order.userns:  # there the parent is one that is about to end
+        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.set_process_name("nsbox-init")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     low = 3
     for fd in sorted(keep):
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-
-
-def _build(plan: InitPlan, launcher: socket.socket) -> None:
     os.setsid()
     os.umask(0o022)
-    libc.unshare(plan.namespaces & ~libc.CLONE_NEWCGROUP)
-    if plan.netns is not None:
-        libc.setns(plan.netns, libc.CLONE_NEWNET)
-        os.close(plan.netns)
-    if plan.own_network:
+
+
+def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> None:
+    order = plan.order
+    flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS
+    libc.unshare(flags | (libc.CLONE_NEWNET if order.own_network else 0))
+    if order.own_network:
         fd = open_namespace("net")
         wire.send(launcher, {"op": "netns"}, [fd])
         os.close(fd)
-    for fd in plan.cgroup_procs:
+    for fd in cgroup_procs:
         os.write(fd, b"0")
         os.close(fd)
     # after joining: what a cgroup namespace shows as its root is the group of who unshares
-    libc.unshare(plan.namespaces & libc.CLONE_NEWCGROUP)
-    libc.sethostname(plan.hostname)
-    mounts.run(plan.steps)
+    libc.unshare(libc.CLONE_NEWCGROUP)
+    libc.sethostname(order.hostname)
+    steps = file_tree(order, plan.layer, plan.resolv_conf, plan.hosts, plan.cgroups)
+    mounts.run(steps)
     if wire.receive(launcher) is None:
         raise OSError(104, "the launcher has ended")
-    if plan.own_network:
+    if order.own_network:
         netlink = Netlink()
         netlink.send(plan.network)
         netlink.close()
-    if plan.confinement is not None:
-        plan.confinement.apply()
-    # again, since a change of credentials clears it; the launcher is the parent by now
+    if not order.privileged:
+        confinement(frozenset(order.capabilities)).apply()
+    # again, since a change of credentials clears it; the zygote is the parent by now
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     wire.send(launcher, {"op": "ready"})

@@ -86,6 +86,8 @@ class BindMount:
 class Overlay:
     """An overlay filesystem (the kernel's Documentation/filesystems/overlayfs.rst).
 
+    It is volatile: what is written is never waited for on its way to a disk.
+
     `lower` has the topmost layer first. `user` keeps its marks in user.* attributes, as an
     overlay in a user namespace must.
     """
@@ -102,7 +104,7 @@ class Overlay:
     def do(self) -> None:
         lower = ":".join(map(escape, self.lower))
         data = f"lowerdir={lower},upperdir={escape(self.upper)},workdir={escape(self.work)}"
-        data += ",userxattr" if self.user else ",xino=off"
+        data += ",userxattr,volatile" if self.user else ",xino=off,volatile"
         if len(data) >= os.sysconf("SC_PAGESIZE"):
             raise OSError(7, f"{len(self.lower)} layers do not fit into the mount's one page")
         libc.mount("overlay", self.target, "overlay", MS_NODEV, data)
@@ -204,27 +206,6 @@ class MakeSymlink:
 
     def do(self) -> None:
         os.symlink(self.target, self.path)
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Hide a file behind /dev/null, a directory behind an empty one; a missing one needs none."""
-
-    path: str
-    null: str
-
-    def describe(self) -> str:
-        return f"mask {self.path}"
-
-    def do(self) -> None:
-        try:
-            if os.path.isdir(self.path):
-                flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
-                libc.mount("tmpfs", self.path, "tmpfs", flags, "size=0,nr_inodes=1,mode=755")
-            else:
-                libc.mount(self.null, self.path, None, MS_BIND)
-        except FileNotFoundError:
-            return
 
 
 @dataclass(frozen=True)

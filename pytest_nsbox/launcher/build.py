@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -14,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
-from pytest_nsbox.init.confine import Confinement
-from pytest_nsbox.init.setup import InitPlan, run_init
-from pytest_nsbox.kernel import cgroup, libc, link, mounts, namespaces, seccomp
+from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.init.setup import InitPlan
+from pytest_nsbox.kernel import cgroup, link
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.netlink import Request
-from pytest_nsbox.launcher import ledger, names, plan
+from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.hub import Interface
+from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.undo import Undo
+from pytest_nsbox.launcher.zygote import Zygote
 from pytest_nsbox.model.limits import Stats
 from pytest_nsbox.model.order import Order
 
@@ -67,8 +67,7 @@ class Container:
         if self.cgroup is not None and self.last is None:
             with contextlib.suppress(OSError):
                 self.last = self.cgroup.stats()
-        os.waitpid(self.pid, 0)
-        self.alive = False
+        self.alive = False  # the zygote is its parent, and reaps it
 
     def has_ended(self) -> bool:
         return self.alive and bool(select.select([self.pidfd], [], [], 0)[0])
@@ -92,7 +91,8 @@ class Workshop:
     cgroups: cgroup.Driver | None
     ledger: ledger.Ledger
     layers: Path
-    host_netns: int
+    zygote: Zygote
+    janitor: Janitor
     no_cgroups: str = ""  # why there are none
 
 
@@ -101,7 +101,6 @@ def build(
     order: Order,
     interfaces: Sequence[Callable[[], Interface]],
     workshop: Workshop,
-    host_mounts: Sequence[mounts.MountPoint],
 ) -> tuple[Container, socket.socket]:
     """Build a container; returns it and the session's line to its init.
 
@@ -115,17 +114,15 @@ def build(
             container.undo.push(f"give back {interface.ip}", interface.leave)
         _limit(container, workshop)
         layer = _layer_on_disk(container, workshop)
-        tree = plan.file_tree(
-            order,
-            host_mounts=host_mounts,
+        plan = InitPlan(
+            order=order,
+            network=tuple(_inside_requests(container)),
             layer=layer,
-            resolv_conf=names.resolv_conf(
-                order.dns, "isolated" if _shut(container) else mode(order)
-            ),
+            resolv_conf=names.resolv_conf(order.dns, _reach(container)),
             hosts=names.hosts(known_names(container), order.hosts),
-            cgroups=_cgroup_mounts(container, workshop),
+            cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
-        session = _fork(container, tree, workshop)
+        session = _fork(container, plan, workshop.zygote)
         _wire(container)
         _await(container, "ready")
         for interface in container.interfaces:
@@ -139,14 +136,12 @@ def build(
     return container, session
 
 
-def mode(order: Order) -> str:
-    return "nat" if order.networks else order.network
-
-
-def _shut(container: Container) -> bool:
-    """It is on networks, and none of them has a way out."""
+def _reach(container: Container) -> str:
+    """As `network` has it: what of the outside is within reach."""
     bridges = [interface.bridge for interface in container.interfaces]
-    return bool(bridges) and not any(bridge.hub.internet for bridge in bridges)
+    if not bridges:
+        return container.order.network
+    return "nat" if any(bridge.hub.internet for bridge in bridges) else "isolated"
 
 
 def known_names(container: Container) -> list[tuple[str, str]]:
@@ -192,38 +187,16 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
         return None
     path = str(workshop.layers / f"{workshop.ledger.name}-{container.id}")
     workshop.ledger.record(ledger.LAYER, path)
-    container.undo.push("strike layer", lambda: workshop.ledger.strike(ledger.LAYER, path))
     os.makedirs(path, mode=0o700)
-    container.undo.push(f"rm -r {path}", lambda: shutil.rmtree(path))
+    container.undo.push(
+        f"rm -r {path}", lambda: workshop.janitor.remove(path, workshop.ledger.path)
+    )
     return path
 
 
-def _cgroup_mounts(container: Container, workshop: Workshop) -> list[mounts.Step]:
-    if container.cgroup is None:
-        return []
-    assert workshop.cgroups is not None
-    flags = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC | libc.MS_RDONLY
-    root = plan.NEW + "/sys/fs/cgroup"
-    if workshop.cgroups.version == 2:
-        return [mounts.Mount("cgroup", root, "cgroup2", flags)]
-    steps: list[mounts.Step] = [
-        mounts.Mount("cgroup", root, "tmpfs", flags & ~libc.MS_RDONLY, "mode=755,size=64k")
-    ]
-    for controllers in container.cgroup.hierarchies():
-        steps.append(mounts.MakeDir(f"{root}/{controllers}"))
-        steps.append(mounts.Mount("cgroup", f"{root}/{controllers}", "cgroup", flags, controllers))
-    return steps
-
-
-def confinement(order: Order) -> Confinement | None:
-    """What its processes may not do; None for a privileged container."""
-    if order.privileged:
-        return None
-    keep = frozenset(order.capabilities)
-    return Confinement(keep, seccomp.program(keep))
-
-
 def _inside_requests(container: Container) -> list[Request]:
+    if not container.order.own_network:
+        return []
     requests = [link.up(link.LOOPBACK, "lo")]
     first_out = next(
         (i for i in container.interfaces if i.bridge.hub.internet),
@@ -236,42 +209,23 @@ def _inside_requests(container: Container) -> list[Request]:
     return requests
 
 
-def _fork(container: Container, tree: Sequence[mounts.Step], workshop: Workshop) -> socket.socket:
-    """Fork the launcher into PID 1 of new PID and time namespaces."""
-    order = container.order
-    flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS | libc.CLONE_NEWCGROUP
-    own_network = mode(order) != "host"
-    if own_network:
-        flags |= libc.CLONE_NEWNET
+def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> socket.socket:
+    """Have PID 1 forked; returns the session's line to it."""
     ours, launcher_end = wire.pair()
     session_end, init_end = wire.pair()
     container.init = ours
     container.undo.push("close init's socket", ours.close)
-    procs: list[int] = []
     with contextlib.ExitStack() as opened:
-        opened.enter_context(launcher_end)
-        opened.enter_context(init_end)
+        fds = [opened.enter_context(end).fileno() for end in (launcher_end, init_end)]
         if container.cgroup is not None:
             for path in container.cgroup.procs_files():
-                procs.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
-                opened.callback(os.close, procs[-1])
-        init_plan = InitPlan(
-            hostname=order.hostname,
-            namespaces=flags,
-            cgroup_procs=procs,
-            own_network=own_network,
-            netns=None if own_network else workshop.host_netns,
-            own_parent=order.userns,
-            steps=tree,
-            network=_inside_requests(container) if own_network else (),
-            confinement=confinement(order),
-        )
-        if order.userns:
-            pid = _fork_in_user_namespace(order, init_plan, launcher_end, init_end)
-        else:
-            pid = _fork_pid_1(order, init_plan, launcher_end, init_end)
-    container.pid, container.alive = pid, True
-    container.pidfd = os.pidfd_open(pid)
+                fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+                opened.callback(os.close, fds[-1])
+        try:
+            container.pid, container.pidfd = zygote.fork_init(plan, fds)
+        except ContainerDied:
+            raise SetupError("the process that inits are forked from has ended") from None
+    container.alive = True
     container.undo.push("close pidfd", lambda: os.close(container.pidfd))
     container.undo.push("reap init", container.reap)
     container.undo.push("kill init", lambda: container.kill("stopped"))
@@ -279,74 +233,9 @@ def _fork(container: Container, tree: Sequence[mounts.Step], workshop: Workshop)
     return session_end
 
 
-def _fork_pid_1(
-    order: Order, init_plan: InitPlan, launcher_end: socket.socket, init_end: socket.socket
-) -> int:
-    """Fork the first process of new PID and time namespaces; later children are not in them."""
-    with contextlib.ExitStack() as stack:
-        for kind in ("pid", "time"):
-            own = namespaces.open_namespace(kind)
-            stack.callback(os.close, own)
-            stack.callback(libc.setns, own, namespaces.FLAGS[kind])
-        return _fork_into_new(order, init_plan, launcher_end, init_end)
-
-
-def _fork_into_new(
-    order: Order, init_plan: InitPlan, launcher_end: socket.socket, init_end: socket.socket
-) -> int:
-    """The same, and all later children are in them, too."""
-    libc.unshare(libc.CLONE_NEWPID)
-    if order.uptime is not None:
-        libc.unshare(libc.CLONE_NEWTIME)
-        namespaces.set_uptime(order.uptime)
-    pid = os.fork()
-    if pid == 0:
-        run_init(init_plan, launcher_end, init_end)
-    return pid
-
-
-def _fork_in_user_namespace(
-    order: Order, init_plan: InitPlan, launcher_end: socket.socket, init_end: socket.socket
-) -> int:
-    """The same below a new user namespace, whose owner every other namespace must be.
-
-    A process cannot leave a user namespace again, so one between makes it, forks PID 1 and ends;
-    the launcher, a subreaper, is then PID 1's parent. All ids are mapped to themselves: files
-    keep their owners, and root inside has no capability outside.
-    """
-    ours, theirs = wire.pair()
-    with ours:
-        with theirs:
-            between = os.fork()
-            if between == 0:
-                _between(theirs, lambda: _fork_into_new(order, init_plan, launcher_end, init_end))
-        try:
-            wire.reply_of(ours)
-            for name in ("uid_map", "gid_map"):
-                with open(f"/proc/{between}/{name}", "w", encoding="ascii") as file:
-                    file.write("0 0 4294967295")
-            wire.send(ours, {})
-            return int(wire.reply_of(ours)[0]["pid"])
-        finally:
-            ours.close()
-            os.waitpid(between, 0)
-
-
-def _between(launcher: socket.socket, fork: Callable[[], int]) -> None:
-    try:
-        libc.unshare(libc.CLONE_NEWUSER)
-        wire.send(launcher, {})
-        if wire.receive(launcher) is not None:
-            wire.send(launcher, {"pid": fork()})
-    except OSError as error:
-        wire.send(launcher, {"error": wire.dump_error(error)})
-    finally:
-        os._exit(0)
-
-
 def _wire(container: Container) -> None:
     """Put the interfaces into the container's network namespace, while init mounts."""
-    if mode(container.order) != "host":
+    if container.order.own_network:
         fds = _await(container, "netns")
         try:
             for number, interface in enumerate(container.interfaces):

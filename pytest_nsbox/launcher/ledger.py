@@ -76,6 +76,7 @@ class Ledger:
             except FileNotFoundError:  # another owner, the last one, has just removed it
                 continue
         fcntl.flock(self._fd, fcntl.LOCK_EX)
+        self.path = directory / self.name
         owner = {"pid": pid, "start": start_time(pid), "boot": boot_id()}
         self._write({"owner": owner})
 
@@ -112,6 +113,15 @@ class Ledger:
             os.unlink(self.directory / self.name)
         os.close(self._fd)
         tidy(self.directory)
+
+
+def strike(path: Path, kind: str, value: Any) -> None:
+    """The same in another process's ledger, for work that was handed over."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(fd, json.dumps({"gone": kind, "value": value}).encode() + b"\n")
+    finally:
+        os.close(fd)
 
 
 class _Rows:

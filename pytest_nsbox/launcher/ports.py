@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import selectors
 import signal
 import socket
@@ -15,6 +14,7 @@ import socket
 from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.launcher.build import Container
+from pytest_nsbox.launcher.zygote import close_all_but
 
 _CHUNK = 1 << 18
 
@@ -29,7 +29,7 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
         try:
             libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
             libc.set_process_name("nsbox-port")
-            _keep_only([listener, inside, outside])
+            close_all_but({listener, inside, outside})
             libc.setns(outside, libc.CLONE_NEWNET)
             _Forwarder(listener, ip, port, inside, outside).run()
         finally:
@@ -45,14 +45,6 @@ def _stop(pidfd: int, pid: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(pidfd)
-
-
-def _keep_only(fds: list[int]) -> None:
-    low = 3
-    for fd in sorted(set(fds)):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 class _Forwarder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import heapq
 import os
 import selectors
@@ -17,20 +16,15 @@ from typing import Any
 
 from pytest_nsbox import rootfs, wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
-from pytest_nsbox.kernel import cgroup, libc, mounts
+from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names
-from pytest_nsbox.launcher.build import (
-    Container,
-    Workshop,
-    build,
-    confinement,
-    known_names,
-    mode,
-)
+from pytest_nsbox.launcher.build import Container, Workshop, build, known_names
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
+from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.ports import forward_port
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.uplink import Host, Uplink
+from pytest_nsbox.launcher.zygote import Zygote
 from pytest_nsbox.model.addressing import Subnet
 from pytest_nsbox.model.limits import Limits
 from pytest_nsbox.model.order import Order
@@ -59,15 +53,17 @@ class Launcher:
         self._defaults: dict[bool, Bridge] = {}
         self._uplink: Uplink | None = None
 
-    def open(self) -> None:
+    def open(self, zygote: Zygote, janitor: Janitor) -> None:
         """Leave the host's network namespace for the hub; find the cgroups; sweep."""
         state, cache = ledger.state_directory(), Path(self.options["cache"])
         ledger.sweep(state)
         self.ledger = ledger.Ledger(state)
         self.undo.push("close the ledger", self.ledger.close)
+        self.undo.push("wait for the janitor", janitor.close)
+        self.undo.push("end the zygote", zygote.close)
         self.layer_cache = rootfs.LayerCache(cache)
         self.host = Host()
-        self.workshop = Workshop(None, self.ledger, cache / "writable", self.host.netns)
+        self.workshop = Workshop(None, self.ledger, cache / "writable", zygote, janitor)
         try:
             driver = cgroup.detect(self.ledger.name)
             self.workshop.cgroups = driver
@@ -77,7 +73,6 @@ class Launcher:
             self.undo.push("rmdir session cgroup", driver.close)
         except UnsupportedError as error:
             self.workshop.no_cgroups = str(error)
-        self.host_mounts = mounts.mount_points()
         self._hub(True)
 
     def _hub(self, internet: bool) -> Hub:
@@ -166,7 +161,6 @@ class Launcher:
             order,
             [self._joiner(bridge, order) for bridge in self._bridges_of(order)],
             self.workshop,
-            self.host_mounts,
         )
         self.containers[container.id] = container
         self.selector.register(container.pidfd, selectors.EVENT_READ, lambda: self._died(container))
@@ -310,12 +304,12 @@ class Launcher:
         if container.cgroup is not None:
             for path in container.cgroup.procs_files():
                 out.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
-        confined = confinement(container.order)
+        order = container.order
         reply: Message = {
-            "network": mode(container.order) != "host",
-            "time": container.order.uptime is not None,
-            "user": container.order.userns,
-            "capabilities": None if confined is None else sorted(confined.capabilities),
+            "network": order.own_network,
+            "time": order.uptime is not None,
+            "user": order.userns,
+            "capabilities": None if order.privileged else list(order.capabilities),
         }
         return reply, out
 
@@ -378,21 +372,18 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Reply]] = {
 }
 
 
-def main(lifeline_fd: int, parent: int, options: dict[str, Any]) -> int:
+def main(
+    lifeline_fd: int, parent: int, options: dict[str, Any], zygote: Zygote, janitor: Janitor
+) -> int:
     """Run a launcher for the process `parent`, whose end of a socket pair is `lifeline_fd`."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
-    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     launcher = Launcher(socket.socket(fileno=lifeline_fd), parent, options)
     signal.signal(signal.SIGTERM, lambda *_: launcher.lifeline.shutdown(socket.SHUT_RD))
     try:
-        launcher.open()
+        launcher.open(zygote, janitor)
     except (NsboxError, OSError) as error:
         return _refuse(launcher, error)
-    # init is forked from here: what is shared with it should stay unwritten
-    gc.collect()
-    gc.freeze()
-    gc.disable()
     try:
         launcher.run()
     finally:

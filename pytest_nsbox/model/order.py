@@ -43,6 +43,11 @@ class Order:
     passthrough: tuple[str, ...] = ()  # paths of the host shown as they are, writable
     visible: tuple[str, ...] = ()  # paths of the host to show even where /tmp or /run hides them
 
+    @property
+    def own_network(self) -> bool:
+        """Whether it has a network namespace of its own."""
+        return bool(self.networks) or self.network != "host"
+
     def to_wire(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

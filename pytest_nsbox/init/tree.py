@@ -1,10 +1,8 @@
-"""The plan of a container's file tree: which steps, in which order.
-
-Everything here is computed before the fork, in the launcher; init carries it out.
-"""
+"""The plan of a container's file tree: which steps, in which order."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from pytest_nsbox.kernel.mounts import (
     LikeDir,
     MakeDir,
     MakeSymlink,
-    Mask,
     Mount,
     MountPoint,
     Overlay,
@@ -34,11 +31,12 @@ from pytest_nsbox.kernel.mounts import (
     Step,
     SubOverlay,
     WriteFile,
+    mount_points,
 )
 from pytest_nsbox.model.order import MountOrder, Order
 
 SCRATCH = "/tmp"  # covered, in the container's mount namespace only, by the tmpfs we work on
-OLD, NEW, LAYER = "/oldroot", "/newroot", "/layer"
+OLD, NEW, LAYER, EMPTY = "/oldroot", "/newroot", "/layer", "/empty"
 
 # filesystems that are views of the kernel, not files: never copied into a container
 KERNEL_FILESYSTEMS = frozenset(
@@ -69,18 +67,18 @@ READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
 
 def file_tree(
     order: Order,
-    *,
-    host_mounts: Sequence[MountPoint],
     layer: str | None,
     resolv_conf: str,
     hosts: str,
-    cgroups: Sequence[Step] = (),
+    cgroups: Sequence[str] | None,
 ) -> list[Step]:
     """The steps from the host's root to the container's.
 
     `layer` is the directory on disk that holds what the container writes; without one it is
-    written to memory.
+    written to memory. `cgroups` are the mount options of the v1 hierarchies to show, none of them
+    for v2, or None where there are no cgroups.
     """
+    host_mounts = [] if order.layers else mount_points()
     where = OLD + layer if layer else LAYER
     own_files = OwnFiles(order.hostname, hosts, resolv_conf)
     steps = [*_scratch(order), *_own_directories(where)]
@@ -91,7 +89,7 @@ def file_tree(
     if not order.userns and not order.layers:
         steps += _other_filesystems(host_mounts, where)
     steps += _proc_and_sys(order)
-    steps += cgroups
+    steps += _cgroups(cgroups)
     steps += _dev()
     steps.append(BindMount(where + "/tmp", NEW + "/tmp", flags=MS_NOSUID | MS_NODEV))
     steps.append(BindMount(where + "/run", NEW + "/run", flags=MS_NOSUID | MS_NODEV))
@@ -108,9 +106,11 @@ def _scratch(order: Order) -> Iterator[Step]:
     yield Mount("none", "/", None, MS_REC | MS_PRIVATE)
     size = f",size={order.disk}" if order.disk else ""
     yield Mount("nsbox", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755" + size)
-    for directory in (OLD, NEW, LAYER):
+    for directory in (OLD, NEW, LAYER, EMPTY):
         yield MakeDir(SCRATCH + directory)
     yield PivotRoot(SCRATCH, SCRATCH + OLD)
+    if not order.privileged:
+        yield ReadOnly(EMPTY)
 
 
 def _own_directories(where: str) -> Iterator[Step]:
@@ -232,6 +232,22 @@ def _proc_and_sys(order: Order) -> Iterator[Step]:
         yield SetSysctl(name, value, NEW)
 
 
+def _cgroups(hierarchies: Sequence[str] | None) -> Iterator[Step]:
+    """Its own cgroup, as programs read their limits from it (cgroup_namespaces(7))."""
+    root = NEW + "/sys/fs/cgroup"
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    if hierarchies is None:
+        return
+    if not hierarchies:
+        yield Mount("cgroup", root, "cgroup2", flags | MS_RDONLY)
+        return
+    yield Mount("cgroup", root, "tmpfs", flags, "mode=755,size=64k")
+    for controllers in hierarchies:
+        yield MakeDir(f"{root}/{controllers}")
+        yield Mount("cgroup", f"{root}/{controllers}", "cgroup", flags | MS_RDONLY, controllers)
+    yield Mount("none", root, None, flags | MS_RDONLY | MS_BIND | MS_REMOUNT)
+
+
 def _dev() -> Iterator[Step]:
     dev = NEW + "/dev"
     # nodev: a node that a test makes here must not be a way to the host's devices; the bound
@@ -276,13 +292,19 @@ class TmpfsAt(Mount):
         super().do()
 
 
+@functools.cache
+def present(paths: tuple[str, ...]) -> list[str]:
+    """Which of these this kernel has."""
+    return [path for path in paths if os.path.lexists(path)]
+
+
 def _closed(order: Order) -> Iterator[Step]:
     """What of /proc and /sys a test has no business with."""
     if order.privileged:
         return
-    for path in MASKED:
-        yield Mask(NEW + path, OLD + "/dev/null")
-    for path in READ_ONLY:
+    for path in present(MASKED):
+        yield Mount(EMPTY if os.path.isdir(path) else OLD + "/dev/null", NEW + path, None, MS_BIND)
+    for path in present(READ_ONLY):
         yield ReadOnly(NEW + path)
     # /proc/sys/net is the container's own and stays writable
     yield ReadOnly(NEW + "/proc/sys")

@@ -1,0 +1,144 @@
+"""The process that inits are forked from: small, so that a fork has little to copy.
+
+The launcher forks it before it imports what it needs itself. It stays in the host's network
+namespace, and dies with the launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterable
+from typing import NoReturn
+
+from pytest_nsbox import wire
+from pytest_nsbox.errors import SetupError
+from pytest_nsbox.init.setup import InitPlan, run_init
+from pytest_nsbox.kernel import libc, namespaces
+
+
+class Zygote:
+    """The launcher's handle on it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @classmethod
+    def start(cls) -> Zygote:
+        """Fork it off the calling process."""
+        ours, theirs = wire.pair()
+        if os.fork() == 0:
+            try:
+                _live(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+        return cls(ours)
+
+    def fork_init(self, plan: InitPlan, fds: list[int]) -> tuple[int, int]:
+        """A new PID 1; returns its pid and a pidfd. `fds` are the sockets to launcher and
+        session, then the cgroup.procs files. Raises SetupError."""
+        reply, received = wire.request(self._socket, {"plan": plan.to_wire()}, fds)
+        return int(reply["pid"]), received[0]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _live(launcher: socket.socket) -> None:
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    libc.set_process_name("nsbox-zygote")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
+    close_all_but([launcher.fileno()])
+    while True:
+        received = wire.receive(launcher)
+        if received is None:
+            return
+        message, (answer, *fds) = received
+        reply: wire.Message = {}
+        pidfds: list[int] = []
+        try:
+            pid = _fork(InitPlan.from_wire(message["plan"]), fds)
+            reply = {"pid": pid}
+            pidfds = [os.pidfd_open(pid)]
+        except (OSError, SetupError) as error:
+            reply = {"error": wire.dump_error(error)}
+        finally:
+            wire.close_all(fds)
+        with socket.socket(fileno=answer) as sock, contextlib.suppress(OSError):
+            wire.send(sock, reply, pidfds)
+        wire.close_all(pidfds)
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close what belongs to the parent, so that its sockets close when it does."""
+    low = 3
+    for fd in sorted(keep):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+
+
+def _fork(plan: InitPlan, fds: list[int]) -> int:
+    if plan.order.userns:
+        return _fork_in_user_namespace(plan, fds)
+    with contextlib.ExitStack() as stack:
+        for kind in ("pid", "time"):  # later children are not to be in the new ones
+            own = namespaces.open_namespace(kind)
+            stack.callback(os.close, own)
+            stack.callback(libc.setns, own, namespaces.FLAGS[kind])
+        return _fork_into_new(plan, fds)
+
+
+def _fork_into_new(plan: InitPlan, fds: list[int]) -> int:
+    """Fork the first process of new PID and time namespaces."""
+    libc.unshare(libc.CLONE_NEWPID)
+    if plan.order.uptime is not None:
+        libc.unshare(libc.CLONE_NEWTIME)
+        namespaces.set_uptime(plan.order.uptime)
+    pid = os.fork()
+    if pid == 0:
+        run_init(plan, fds)
+    return pid
+
+
+def _fork_in_user_namespace(plan: InitPlan, fds: list[int]) -> int:
+    """The same below a new user namespace, whose owner every other namespace must be.
+
+    A process cannot leave a user namespace again, so one between makes it, forks PID 1 and ends;
+    the zygote, a subreaper, is then PID 1's parent. All ids are mapped to themselves: files keep
+    their owners, and root inside has no capability outside.
+    """
+    ours, theirs = wire.pair()
+    with ours, theirs:
+        between = os.fork()
+        if between == 0:
+            _between(plan, fds, theirs)
+        theirs.close()
+        try:
+            wire.reply_of(ours)
+            for name in ("uid_map", "gid_map"):
+                with open(f"/proc/{between}/{name}", "w", encoding="ascii") as file:
+                    file.write("0 0 4294967295")
+            wire.send(ours, {})
+            return int(wire.reply_of(ours)[0]["pid"])
+        finally:
+            ours.close()
+            with contextlib.suppress(ChildProcessError):  # the kernel has reaped it
+                os.waitpid(between, 0)
+
+
+def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> NoReturn:
+    try:
+        libc.unshare(libc.CLONE_NEWUSER)
+        wire.send(zygote, {})
+        if wire.receive(zygote) is not None:
+            wire.send(zygote, {"pid": _fork_into_new(plan, fds)})
+    except OSError as error:
+        wire.send(zygote, {"error": wire.dump_error(error)})
+    finally:
+        os._exit(0)
