@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from pytest_nsbox.kernel import capabilities, seccomp
@@ -14,6 +15,10 @@ class Confinement:
     capabilities: frozenset[str]
     filter: bytes | None
 
+    def prepare(self) -> None:
+        """Look up what `apply` needs, once for all processes forked later."""
+        capabilities.last()
+
     def apply(self) -> None:
         """Confine the calling process and all that it will start. There is no way back."""
         capabilities.drop_to(self.capabilities)
@@ -22,6 +27,7 @@ class Confinement:
             seccomp.install(self.filter)
 
 
+@functools.cache
 def confinement(keep: frozenset[str]) -> Confinement:
     """What goes with keeping these capabilities."""
     return Confinement(keep, seccomp.program(keep))

@@ -6,6 +6,7 @@ out of sight.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -151,6 +152,7 @@ _OPERATIONS: dict[str, Callable[[Server, Message, list[int], int], bool]] = {
 def serve(launcher: socket.socket, session: socket.socket) -> None:
     """Work until the launcher closes its end."""
     server = Server()
+    gc.enable()  # for what is new; what the zygote had stays frozen
     woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from pytest_nsbox import wire
 from pytest_nsbox.init.confine import confinement
 from pytest_nsbox.init.serve import serve
-from pytest_nsbox.init.tree import file_tree
+from pytest_nsbox.init.tree import file_tree, prepare_tree
 from pytest_nsbox.kernel import libc, mounts
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink, Request
@@ -26,7 +26,6 @@ class InitPlan:
     """All that init has to know: plain data."""
 
     order: Order
-    network: tuple[Request, ...]  # for inside, once the launcher has put the interfaces there
     layer: str | None  # the directory on disk for what is written; None: memory
     resolv_conf: str
     hosts: str
@@ -35,21 +34,21 @@ class InitPlan:
     def to_wire(self) -> dict[str, Any]:
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["order"] = self.order.to_wire()
-        data["network"] = [
-            [request.what, request.kind, request.flags, request.payload.hex()]
-            for request in self.network
-        ]
         return data
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> InitPlan:
         data = dict(data)
         data["order"] = Order.from_wire(data["order"])
-        data["network"] = tuple(
-            Request(what, kind, flags, bytes.fromhex(payload))
-            for what, kind, flags, payload in data["network"]
-        )
+        if data["cgroups"] is not None:
+            data["cgroups"] = tuple(data["cgroups"])
         return cls(**data)
+
+    def prepare(self) -> None:
+        """Do before the fork what is the same for the next container."""
+        prepare_tree(self.cgroups)
+        if not self.order.privileged:
+            confinement(frozenset(self.order.capabilities)).prepare()
 
 
 def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
@@ -101,11 +100,12 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
     libc.sethostname(order.hostname)
     steps = file_tree(order, plan.layer, plan.resolv_conf, plan.hosts, plan.cgroups)
     mounts.run(steps)
-    if wire.receive(launcher) is None:
+    wired = wire.receive(launcher)
+    if wired is None:
         raise OSError(104, "the launcher has ended")
     if order.own_network:
         netlink = Netlink()
-        netlink.send(plan.network)
+        netlink.send(Request.from_wire(row) for row in wired[0]["network"])
         netlink.close()
     if not order.privileged:
         confinement(frozenset(order.capabilities)).apply()

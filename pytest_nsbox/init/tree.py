@@ -24,6 +24,7 @@ from pytest_nsbox.kernel.mounts import (
     MakeSymlink,
     Mount,
     MountPoint,
+    MountWatch,
     Overlay,
     PivotRoot,
     ReadOnly,
@@ -31,12 +32,11 @@ from pytest_nsbox.kernel.mounts import (
     Step,
     SubOverlay,
     WriteFile,
-    mount_points,
 )
 from pytest_nsbox.model.order import MountOrder, Order
 
 SCRATCH = "/tmp"  # covered, in the container's mount namespace only, by the tmpfs we work on
-OLD, NEW, LAYER, EMPTY = "/oldroot", "/newroot", "/layer", "/empty"
+OLD, NEW, LAYER, RUN, EMPTY = "/oldroot", "/newroot", "/layer", "/run", "/empty"
 
 # filesystems that are views of the kernel, not files: never copied into a container
 KERNEL_FILESYSTEMS = frozenset(
@@ -70,7 +70,7 @@ def file_tree(
     layer: str | None,
     resolv_conf: str,
     hosts: str,
-    cgroups: Sequence[str] | None,
+    cgroups: tuple[str, ...] | None,
 ) -> list[Step]:
     """The steps from the host's root to the container's.
 
@@ -78,7 +78,7 @@ def file_tree(
     written to memory. `cgroups` are the mount options of the v1 hierarchies to show, none of them
     for v2, or None where there are no cgroups.
     """
-    host_mounts = [] if order.layers else mount_points()
+    host_mounts = [] if order.layers else _mounts.now()
     where = OLD + layer if layer else LAYER
     own_files = OwnFiles(order.hostname, hosts, resolv_conf)
     steps = [*_scratch(order), *_own_directories(where)]
@@ -92,7 +92,7 @@ def file_tree(
     steps += _cgroups(cgroups)
     steps += _dev()
     steps.append(BindMount(where + "/tmp", NEW + "/tmp", flags=MS_NOSUID | MS_NODEV))
-    steps.append(BindMount(where + "/run", NEW + "/run", flags=MS_NOSUID | MS_NODEV))
+    steps.append(BindMount(RUN, NEW + "/run", flags=MS_NOSUID | MS_NODEV))
     steps += _shown(order, where)
     steps += [_user_mount(mount) for mount in order.mounts]
     if order.read_only:
@@ -114,10 +114,10 @@ def _scratch(order: Order) -> Iterator[Step]:
 
 
 def _own_directories(where: str) -> Iterator[Step]:
-    """/tmp and /run are not the image's, and have the room that the writable layer has."""
+    """/tmp and /run are not the image's; /tmp has the room that the writable layer has."""
     yield MakeDir(where + "/tmp", 0o1777)
-    yield MakeDir(where + "/run")
-    yield MakeDir(where + "/run/lock", 0o1777)
+    yield MakeDir(RUN)
+    yield MakeDir(RUN + "/lock", 0o1777)
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def _one_overlay(order: Order, where: str, own_files: OwnFiles) -> Iterator[Step
     upper = where + "/upper"
     yield LikeDir(upper, OLD + (order.layers[-1] if order.layers else ""))
     yield MakeDir(where + "/work")
-    for name in ("proc", "sys", "dev", "run"):
-        yield MakeDir(f"{upper}/{name}")
-    yield MakeDir(f"{upper}/tmp", 0o1777)
+    for name in REPLACED:
+        if order.layers or not os.path.isdir(name):
+            yield MakeDir(upper + name, 0o1777 if name == "/tmp" else 0o755)
     yield LikeDir(f"{upper}/etc", OLD + _top_with(order.layers, "/etc"))
     yield from own_files.steps(f"{upper}/etc")
     lower = [OLD + directory for directory in reversed(order.layers)] or [OLD]
@@ -198,7 +198,10 @@ def _other_filesystems(mounts: Iterable[MountPoint], where: str) -> Iterator[Ste
             continue
         if _below(mount.path, (*REPLACED, *_ENGINES, *OWN_FILES)):
             continue
-        yield SubOverlay(OLD + mount.path, f"{where}/mount{number}", NEW + mount.path)
+        if mount.read_only:
+            yield BindMount(OLD + mount.path, NEW + mount.path, read_only=True)
+        else:
+            yield SubOverlay(OLD + mount.path, f"{where}/mount{number}", NEW + mount.path)
 
 
 def _below(path: str, roots: Iterable[str]) -> bool:
@@ -232,46 +235,57 @@ def _proc_and_sys(order: Order) -> Iterator[Step]:
         yield SetSysctl(name, value, NEW)
 
 
-def _cgroups(hierarchies: Sequence[str] | None) -> Iterator[Step]:
+def prepare_tree(cgroups: tuple[str, ...] | None) -> None:
+    """Work out before a fork what is the same for every container."""
+    _mounts.now()
+    _dev()
+    _cgroups(cgroups)
+    _present_on_this_kernel()
+
+
+_mounts = MountWatch()
+
+
+@functools.cache
+def _cgroups(hierarchies: tuple[str, ...] | None) -> list[Step]:
     """Its own cgroup, as programs read their limits from it (cgroup_namespaces(7))."""
     root = NEW + "/sys/fs/cgroup"
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     if hierarchies is None:
-        return
+        return []
     if not hierarchies:
-        yield Mount("cgroup", root, "cgroup2", flags | MS_RDONLY)
-        return
-    yield Mount("cgroup", root, "tmpfs", flags, "mode=755,size=64k")
+        return [Mount("cgroup", root, "cgroup2", flags | MS_RDONLY)]
+    steps: list[Step] = [Mount("cgroup", root, "tmpfs", flags, "mode=755,size=64k")]
     for controllers in hierarchies:
-        yield MakeDir(f"{root}/{controllers}")
-        yield Mount("cgroup", f"{root}/{controllers}", "cgroup", flags | MS_RDONLY, controllers)
-    yield Mount("none", root, None, flags | MS_RDONLY | MS_BIND | MS_REMOUNT)
+        point = f"{root}/{controllers}"
+        steps.append(MakeDir(point))
+        steps.append(Mount("cgroup", point, "cgroup", flags | MS_RDONLY, controllers))
+    steps.append(Mount("none", root, None, flags | MS_RDONLY | MS_BIND | MS_REMOUNT))
+    return steps
 
 
-def _dev() -> Iterator[Step]:
+@functools.cache
+def _dev() -> list[Step]:
     dev = NEW + "/dev"
-    # nodev: a node that a test makes here must not be a way to the host's devices; the bound
-    # ones keep the flags of where they come from
-    yield Mount("dev", dev, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k")
-    for name in DEVICES:
-        yield BindMount(f"{OLD}/dev/{name}", f"{dev}/{name}")
-    if os.path.exists("/dev/net/tun"):
-        yield BindMount(f"{OLD}/dev/net/tun", f"{dev}/net/tun")
-    yield MakeDir(dev + "/pts")
-    options = "newinstance,ptmxmode=0666,mode=0620,gid=5"
-    yield Mount("devpts", dev + "/pts", "devpts", MS_NOSUID | MS_NOEXEC, options)
-    yield MakeDir(dev + "/shm")
-    yield Mount("shm", dev + "/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777")
-    yield MakeDir(dev + "/mqueue")
-    yield Mount("mqueue", dev + "/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    for target, name in (
-        ("pts/ptmx", "ptmx"),
-        ("/proc/self/fd", "fd"),
-        ("/proc/self/fd/0", "stdin"),
-        ("/proc/self/fd/1", "stdout"),
-        ("/proc/self/fd/2", "stderr"),
-    ):
-        yield MakeSymlink(target, f"{dev}/{name}")
+    devices = [*DEVICES, *(["net/tun"] if os.path.exists("/dev/net/tun") else [])]
+    quiet = MS_NOSUID | MS_NOEXEC
+    return [
+        # nodev: a node that a test makes here must not be a way to the host's devices; the
+        # bound ones keep the flags of where they come from
+        Mount("dev", dev, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k"),
+        *(BindMount(f"{OLD}/dev/{name}", f"{dev}/{name}") for name in devices),
+        MakeDir(dev + "/pts"),
+        Mount("devpts", dev + "/pts", "devpts", quiet, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+        MakeDir(dev + "/shm"),
+        Mount("shm", dev + "/shm", "tmpfs", quiet | MS_NODEV, "mode=1777"),
+        MakeDir(dev + "/mqueue"),
+        Mount("mqueue", dev + "/mqueue", "mqueue", quiet | MS_NODEV),
+        MakeSymlink("pts/ptmx", dev + "/ptmx"),
+        MakeSymlink("/proc/self/fd", dev + "/fd"),
+        MakeSymlink("/proc/self/fd/0", dev + "/stdin"),
+        MakeSymlink("/proc/self/fd/1", dev + "/stdout"),
+        MakeSymlink("/proc/self/fd/2", dev + "/stderr"),
+    ]
 
 
 def _user_mount(mount: MountOrder) -> Step:
@@ -293,19 +307,23 @@ class TmpfsAt(Mount):
 
 
 @functools.cache
-def present(paths: tuple[str, ...]) -> list[str]:
-    """Which of these this kernel has."""
-    return [path for path in paths if os.path.lexists(path)]
+def _present_on_this_kernel() -> tuple[list[Step], list[Step]]:
+    """How to hide, and how to protect, what of MASKED and READ_ONLY there is."""
+    masks: list[Step] = [
+        Mount(EMPTY if os.path.isdir(path) else OLD + "/dev/null", NEW + path, None, MS_BIND)
+        for path in MASKED
+        if os.path.lexists(path)
+    ]
+    return masks, [ReadOnly(NEW + path) for path in READ_ONLY if os.path.lexists(path)]
 
 
 def _closed(order: Order) -> Iterator[Step]:
     """What of /proc and /sys a test has no business with."""
     if order.privileged:
         return
-    for path in present(MASKED):
-        yield Mount(EMPTY if os.path.isdir(path) else OLD + "/dev/null", NEW + path, None, MS_BIND)
-    for path in present(READ_ONLY):
-        yield ReadOnly(NEW + path)
+    masks, read_only = _present_on_this_kernel()
+    yield from masks
+    yield from read_only
     # /proc/sys/net is the container's own and stays writable
     yield ReadOnly(NEW + "/proc/sys")
     net = NEW + "/proc/sys/net"

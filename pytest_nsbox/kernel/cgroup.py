@@ -29,7 +29,7 @@ class Cgroup(Protocol):
         """Move a process in, in every hierarchy used; 0 is the calling process."""
 
     def procs_files(self) -> list[str]:
-        """The files by which a process enters that writes "0" to each.
+        """The files by which a process of one thread enters: it writes "0" to each.
 
         An `update` or `freeze` on v1 may add one, so ask anew for each entry.
         """

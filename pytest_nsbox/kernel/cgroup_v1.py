@@ -133,7 +133,9 @@ class CgroupV1:
             files.write(path, str(pid))
 
     def procs_files(self) -> list[str]:
-        return [path + "/cgroup.procs" for path in self._paths]
+        # by `tasks` a process of one thread moves itself without the lock on all thread groups,
+        # which costs everybody an RCU grace period
+        return [path + "/tasks" for path in self._paths]
 
     def hierarchies(self) -> list[str]:
         by_parent: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 import struct
@@ -31,6 +32,7 @@ NTF_SELF, NTF_MASTER = 0x02, 0x04
 IFLA_OPERSTATE, IF_OPER_UP = 16, 6
 RTMGRP_LINK = 1
 _PATIENCE = 5.0  # seconds; the kernel's work queue takes at most one
+_MANY = 4096  # messages kept: the same addresses are given out again and again
 LOOPBACK = 1  # the index that lo has in every network namespace
 
 
@@ -42,6 +44,7 @@ def _link(index: int, up: bool, attrs: list[tuple[str, Any]]) -> Any:
     return message
 
 
+@functools.lru_cache(_MANY)
 def up(index: int, name: str) -> Request:
     """Bring a link up."""
     return Request(f"ip link set {name} up", RTM_NEWLINK, 0, encode(_link(index, True, [])))
@@ -126,6 +129,7 @@ def delete(index: int, name: str) -> Request:
     return Request(f"ip link del {name}", RTM_DELLINK, 0, encode(_link(index, False, [])))
 
 
+@functools.lru_cache(_MANY)
 def add_address(index: int, name: str, address: str, prefix: int) -> Request:
     """An address on a link, usable at once: no duplicate address detection for IPv6."""
     ip = ipaddress.ip_address(address)
@@ -147,6 +151,7 @@ def add_address(index: int, name: str, address: str, prefix: int) -> Request:
     )
 
 
+@functools.lru_cache(_MANY)
 def add_default_route(gateway: str, index: int) -> Request:
     """The default route through `gateway`."""
     version = ipaddress.ip_address(gateway).version
@@ -174,6 +179,7 @@ def _neighbour(what: str, family: int, index: int, flags: int, attrs: list[Any])
     return Request(what, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, encode(message))
 
 
+@functools.lru_cache(_MANY)
 def replace_neighbour(index: int, ip: str, mac: str) -> Request:
     """Where `ip` is, known without asking (arp(7))."""
     family = socket.AF_INET if ipaddress.ip_address(ip).version == 4 else socket.AF_INET6

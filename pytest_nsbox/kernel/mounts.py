@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import select
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -292,9 +294,13 @@ def make_mount_point(path: str, directory: bool) -> None:
     """Make sure that there is something at `path` to mount on."""
     if directory:
         os.makedirs(path, exist_ok=True)
-    elif not os.path.lexists(path):
+        return
+    flags = os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        os.close(os.open(path, flags, 0o644))
+    except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+        os.close(os.open(path, flags, 0o644))
 
 
 def locked_flags(path: str) -> int:
@@ -310,16 +316,41 @@ class MountPoint:
 
     path: str
     fstype: str
+    read_only: bool
 
 
-def mount_points(pid: str = "self") -> list[MountPoint]:
-    """What is mounted in a mount namespace, outermost first, each path once."""
+def mount_points() -> list[MountPoint]:
+    """What is mounted in this mount namespace, outermost first, each path once."""
     found: dict[str, MountPoint] = {}
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             before, after = line.split(" - ", 1)
-            path = before.split(" ")[4]
+            path, options = before.split(" ")[4:6]
             if "\\" in path:
-                path = path.encode("latin-1", "replace").decode("unicode_escape")
-            found[path] = MountPoint(path, after.split(" ", 1)[0])
+                path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+            found[path] = MountPoint(path, after.split(" ", 1)[0], options.split(",")[0] == "ro")
     return sorted(found.values(), key=lambda mount: mount.path)
+
+
+class MountWatch:
+    """The mount points, read again only when the kernel says that they have changed.
+
+    A mountinfo that is held open polls as an exception after a change (proc_pid_mountinfo(5)).
+    """
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._pid = 0
+        self._found: list[MountPoint] = []
+
+    def now(self) -> list[MountPoint]:
+        """What is mounted. A forked child is given what its parent knew."""
+        if self._pid and self._pid != os.getpid():
+            return self._found
+        if self._fd < 0:
+            self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+            self._pid = os.getpid()
+            self._found = mount_points()
+        elif select.select([], [], [self._fd], 0)[2]:
+            self._found = mount_points()
+        return self._found

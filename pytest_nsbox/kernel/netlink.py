@@ -41,6 +41,14 @@ class Request:
     def describe(self) -> str:
         return self.what
 
+    def to_wire(self) -> list[Any]:
+        return [self.what, self.kind, self.flags, self.payload.hex()]
+
+    @classmethod
+    def from_wire(cls, row: list[Any]) -> Request:
+        what, kind, flags, payload = row
+        return cls(what, kind, flags, bytes.fromhex(payload))
+
 
 def encode(message: Any) -> bytes:
     """The bytes of a pyroute2 message, without the netlink header."""

@@ -116,7 +116,6 @@ def build(
         layer = _layer_on_disk(container, workshop)
         plan = InitPlan(
             order=order,
-            network=tuple(_inside_requests(container)),
             layer=layer,
             resolv_conf=names.resolv_conf(order.dns, _reach(container)),
             hosts=names.hosts(known_names(container), order.hosts),
@@ -244,7 +243,8 @@ def _wire(container: Container) -> None:
         finally:
             wire.close_all(fds)
     assert container.init is not None
-    wire.send(container.init, {"op": "wired"})
+    inside = [request.to_wire() for request in _inside_requests(container)]
+    wire.send(container.init, {"op": "wired", "network": inside})
 
 
 def _await(container: Container, what: str) -> list[int]:

@@ -7,6 +7,7 @@ namespace, and dies with the launcher.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -15,7 +16,6 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import SetupError
 from pytest_nsbox.init.setup import InitPlan, run_init
 from pytest_nsbox.kernel import libc, namespaces
 
@@ -54,6 +54,10 @@ def _live(launcher: socket.socket) -> None:
     libc.set_process_name("nsbox-zygote")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
     close_all_but([launcher.fileno()])
+    # a collection in a child would write to, and so copy, every page with an object in it
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     while True:
         received = wire.receive(launcher)
         if received is None:
@@ -62,10 +66,12 @@ def _live(launcher: socket.socket) -> None:
         reply: wire.Message = {}
         pidfds: list[int] = []
         try:
-            pid = _fork(InitPlan.from_wire(message["plan"]), fds)
+            plan = InitPlan.from_wire(message["plan"])
+            plan.prepare()
+            pid = _fork(plan, fds)
             reply = {"pid": pid}
             pidfds = [os.pidfd_open(pid)]
-        except (OSError, SetupError) as error:
+        except Exception as error:
             reply = {"error": wire.dump_error(error)}
         finally:
             wire.close_all(fds)
@@ -87,7 +93,8 @@ def _fork(plan: InitPlan, fds: list[int]) -> int:
     if plan.order.userns:
         return _fork_in_user_namespace(plan, fds)
     with contextlib.ExitStack() as stack:
-        for kind in ("pid", "time"):  # later children are not to be in the new ones
+        # later children are not to be in the new ones
+        for kind in ("pid",) if plan.order.uptime is None else ("pid", "time"):
             own = namespaces.open_namespace(kind)
             stack.callback(os.close, own)
             stack.callback(libc.setns, own, namespaces.FLAGS[kind])
