@@ -3,6 +3,8 @@ They know each other by name; any port is free; both see their own files only.""
 
 import sys
 
+CURL = ["curl", "--silent", "--show-error", "--fail", "--noproxy", "*"]
+
 
 def test_the_client_fetches_a_page_from_the_server(nsbox_container_factory):
     server = nsbox_container_factory("server")
@@ -12,7 +14,7 @@ def test_the_client_fetches_a_page_from_the_server(nsbox_container_factory):
     server.popen([sys.executable, "-m", "http.server", "80", "--directory", "/srv"])
     server.wait_for_port(80)
 
-    page = client.run(["curl", "--silent", "--fail", "http://server/"], check=True)
+    page = client.run([*CURL, "http://server/"], check=True)
     assert page.stdout == "hello from the server\n"
 
 
@@ -20,6 +22,6 @@ def test_the_client_says_so_when_the_server_is_down(nsbox_container_factory):
     nsbox_container_factory("server")
     client = nsbox_container_factory("client")
 
-    page = client.run(["curl", "--silent", "--show-error", "http://server/"])
+    page = client.run([*CURL, "http://server/"])
     assert page.returncode == 7  # curl: failed to connect
     assert "Failed to connect to server" in page.stderr

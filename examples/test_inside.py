@@ -4,7 +4,7 @@ It may write where it likes and bind what it likes; only tmp_path and its kind a
 import os
 import socket
 import threading
-import urllib.request
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -30,9 +30,11 @@ def test_a_service_of_the_internet_is_played_on_port_80():
         hosts.write("127.0.0.1 bank.example\n")
 
     with HTTPServer(("127.0.0.1", 80), Bank) as server:
-        threading.Thread(target=server.handle_request).start()
-        with urllib.request.urlopen("http://bank.example/pay", timeout=10) as answer:
-            assert answer.read() == b"paid"
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        client = HTTPConnection("bank.example", timeout=10)
+        client.request("GET", "/pay")
+        assert client.getresponse().read() == b"paid"
+        client.close()
 
 
 def test_the_machine_is_its_own():

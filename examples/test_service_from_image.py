@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
-import urllib.request
+from http.client import HTTPConnection
 
 import pytest
 
@@ -44,6 +44,7 @@ def test_the_service_answers_on_a_port_of_the_host(nsbox_container_factory, imag
     web.popen(web.rootfs.command)
     web.wait_for_port(80)
 
-    host, port = web.publish(80)
-    with urllib.request.urlopen(f"http://{host}:{port}/", timeout=10) as answer:
-        assert answer.read() == b"hello from the image\n"
+    client = HTTPConnection(*web.publish(80), timeout=10)
+    client.request("GET", "/")
+    assert client.getresponse().read() == b"hello from the image\n"
+    client.close()

@@ -12,9 +12,12 @@ from pytest_nsbox.plugin.fixtures import (
     nsbox_session,
     nsbox_spec,
 )
-from pytest_nsbox.plugin.inside import pytest_runtest_protocol
+from pytest_nsbox.plugin.hooks import (
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+)
 from pytest_nsbox.plugin.options import pytest_addhooks, pytest_addoption, pytest_configure
-from pytest_nsbox.plugin.report import pytest_runtest_makereport, pytest_sessionfinish
 
 __all__ = [
     "nsbox_container",

@@ -8,22 +8,19 @@ import os
 import pickle
 import signal
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from _pytest.runner import CallInfo, runtestprotocol
 
-from pytest_nsbox.plugin.specs import runs_inside, spec_of
+from pytest_nsbox.plugin.boxes import boxes_of
+from pytest_nsbox.plugin.specs import spec_of
+from pytest_nsbox.session.container import Container
+from pytest_nsbox.session.inside import PATIENCE, Inside
 
-if TYPE_CHECKING:
-    from pytest_nsbox.session.container import Container
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """Take over for the tests that run inside."""
-    if not runs_inside(item):
-        return None
+def run_inside(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The whole protocol of one item (`pytest_runtest_protocol`)."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     with _initialised(item):
         held: list[pytest.TestReport] = []
@@ -34,7 +31,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
             _log(item, _report(item, setup))
         _tear_down_outside(item, nextitem, held)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
 
 
 def _phase(item: pytest.Item, when: Any, function: Any) -> CallInfo[Any]:
@@ -157,8 +153,6 @@ def _spec_defaults(item: Any) -> Any:
 
 def _run(item: pytest.Item, held: list[pytest.TestReport]) -> None:
     """Make the container, run the rest of the test in it, and report what comes out."""
-    from pytest_nsbox.plugin.boxes import boxes_of
-
     spec = spec_of(item, _spec_defaults(item))
     temporary = getattr(item.config, "_tmp_path_factory", None)
     keep = [] if temporary is None else [str(temporary.getbasetemp())]
@@ -167,8 +161,6 @@ def _run(item: pytest.Item, held: list[pytest.TestReport]) -> None:
 
 
 def _run_in(item: pytest.Item, container: Container, held: list[pytest.TestReport]) -> None:
-    from pytest_nsbox.session.inside import Inside
-
     inside = Inside(container, lambda send: _body(item, send), container.working_directory())
     done = False
     try:
@@ -224,8 +216,6 @@ class _Reports:
 
 def _crashed(item: pytest.Item, container: Container, code: int) -> pytest.TestReport:
     """The report of a body that ended without one."""
-    from pytest_nsbox.session.inside import PATIENCE
-
     dead = container.death(patience=PATIENCE if code == -signal.SIGKILL else 0)
     if dead is not None:
         text = str(dead)

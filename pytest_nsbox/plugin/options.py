@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 
-@dataclass(frozen=True)
 class Option:
-    name: str
-    help: str
-    default: str
-    choices: tuple[str, ...] = ()
-    metavar: str | None = None
+    """One option. No dataclass: making one would cost every run of pytest a millisecond."""
+
+    def __init__(
+        self,
+        name: str,
+        help: str,
+        default: str,
+        choices: tuple[str, ...] = (),
+        metavar: str | None = None,
+    ) -> None:
+        self.name = name
+        self.help = help
+        self.default = default
+        self.choices = choices
+        self.metavar = metavar
 
     @property
     def flag(self) -> str:
@@ -134,6 +142,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     for name in OPTIONS:
         value(config, name)
+    if value(config, "subnet") == OPTIONS["subnet"].default:
+        return
     from pytest_nsbox.errors import SpecError
     from pytest_nsbox.model.addressing import parse_subnet
 
