@@ -227,7 +227,8 @@ def main() -> None:
         parser.error("containers with limits and a network of their own need root here")
     if options.only and options.write:
         parser.error("--write is for all sections, so that a page comes from one run")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # both clean up, also where a shell has
+        signal.signal(number, signal.default_int_handler)  # a job in the background ignore one
     with ExitStack() as stack:
         bench = Bench(stack, options.runs)
         page = ["# What it costs", "", *machine(bench.versions), ""]

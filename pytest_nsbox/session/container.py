@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from pytest_nsbox.errors import (
     NsboxError,
     OutOfMemory,
     SpecError,
-    WaitError,
 )
 from pytest_nsbox.model.limits import Limits, Stats
 from pytest_nsbox.model.order import Order
@@ -28,7 +26,7 @@ from pytest_nsbox.model.results import Result
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.model.units import format_size
-from pytest_nsbox.session import listening
+from pytest_nsbox.session import waiting
 from pytest_nsbox.session.inside import call
 from pytest_nsbox.session.process import Arguments, Process, describe_end
 
@@ -67,7 +65,7 @@ class Container:
         self.addresses: list[tuple[str, str, int]] = [tuple(row) for row in reply["addresses"]]
         self.processes: list[Process] = []
         self._init = socket.socket(fileno=fds[0])
-        self._pidfd = fds[1]
+        self.pidfd = fds[1]
         self._owner = os.getpid()
         self._closed = False
         self._last: wire.Message | None = None
@@ -86,7 +84,7 @@ class Container:
             self._last, _ = self.session.request("destroy", id=self.id)
         finally:
             self._init.close()
-            os.close(self._pidfd)
+            os.close(self.pidfd)
             for process in self.processes:
                 process.abandon()
             self.session.release_name(self.name)
@@ -142,7 +140,7 @@ class Container:
         how many seconds to wait for that.
         """
         if not self._closed:
-            select.select([self._pidfd], [], [], patience)
+            select.select([self.pidfd], [], [], patience)
         state = self.state()
         if state["alive"] and not self._closed:
             return None
@@ -423,35 +421,14 @@ class Container:
         Fails at once when `process`, or the last one that `popen` has started, dies first.
         Raises WaitError, with the last that the process wrote.
         """
-        process = process or (self.processes[-1] if self.processes else None)
-        what = f"port {port} of container {self.name!r}"
-        for left in _intervals(timeout, process, self._pidfd):
-            if port in listening.ports(self):
-                return
-            death = None if process is None or process.poll() is None else describe_end(process)
-            if death is not None and port not in listening.ports(self):
-                raise WaitError(f"{what} cannot open any more: {death}")
-            if left <= 0:
-                break
-        hint = "" if process is None else f"; {describe_end(process)}"
-        raise WaitError(f"{what} has not opened within {timeout:g} s{hint}")
+        waiting.for_port(self, port, process, timeout)
 
     def wait_until(self, condition: Callable[[], Any], *, timeout: float = 30) -> Any:
         """Call `condition` until it returns something true, which is returned.
 
         Raises WaitError after `timeout` seconds, and at once when the container dies.
         """
-        for left in _intervals(timeout, None, self._pidfd):
-            value = condition()
-            if value:
-                return value
-            dead = select.select([self._pidfd], [], [], 0)[0]
-            if dead:
-                raise WaitError(f"cannot come true any more: {self.why_dead()}")
-            if left <= 0:
-                break
-        name = getattr(condition, "__name__", repr(condition))
-        raise WaitError(f"{name} has not come true within {timeout:g} s")
+        return waiting.until(self, condition, timeout)
 
     def wait_for_log(
         self, text: str, *, process: Process | None = None, timeout: float = 30
@@ -461,19 +438,7 @@ class Container:
         `process` is the last one that `popen` has started, unless given. Fails at once when it
         dies first. Raises WaitError, with the last that it wrote.
         """
-        process = process or (self.processes[-1] if self.processes else None)
-        if process is None:
-            raise WaitError(f"no process of container {self.name!r} whose log could be waited on")
-        for left in _intervals(timeout, process, self._pidfd):
-            ended = process.poll() is not None
-            for line in process.log().splitlines():
-                if text in line:
-                    return line
-            if ended:
-                raise WaitError(f"{text!r} will not be written any more: {describe_end(process)}")
-            if left <= 0:
-                break
-        raise WaitError(f"{text!r} was not written within {timeout:g} s; {describe_end(process)}")
+        return waiting.for_log(self, text, process, timeout)
 
     # ------------------------------------------------------------------ files
 
@@ -518,28 +483,6 @@ def _connected(
         sock.close()
         raise
     return sock
-
-
-def _intervals(timeout: float, process: Process | None, pidfd: int):  # type: ignore[no-untyped-def]
-    """Yields the seconds left, again and again, until none are.
-
-    The kernel has no event for a port that begins to listen or a condition that comes true, so
-    between two looks this waits for what has one: the death of the process or of the container.
-    """
-    deadline = time.monotonic() + timeout
-    pause = 0.001
-    while True:
-        left = deadline - time.monotonic()
-        yield left
-        if left <= 0:
-            return
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        fd = None if process is None else process.fileno()
-        if fd is not None:
-            poll.register(fd, select.POLLIN)
-        poll.poll(min(pause, left) * 1000)
-        pause = min(pause * 1.5, 0.05)
 
 
 def out_of_memory(spec: SandboxSpec, state: wire.Message) -> str:
