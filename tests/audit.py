@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import select
 import subprocess
 import time
@@ -76,11 +77,14 @@ def _sysctls() -> set[str]:
 
 
 def _routes() -> set[str]:
-    return set(_output("ip", "route", "show", "table", "all"))
+    # what a router has advertised counts down
+    lines = _output("ip", "route", "show", "table", "all")
+    return {re.sub(r" expires \d+sec", "", line) for line in lines}
 
 
 def _files() -> set[str]:
-    roots = ["/run/nsbox", os.path.expanduser("~/.cache/nsbox/writable")]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    roots = ["/run/nsbox", cache + "/nsbox/writable"]
     found = set()
     for root in roots:
         found |= set(glob.glob(root + "/**", recursive=True))

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from pytest_nsbox import Container, OutOfMemory, SpecError
+from pytest_nsbox import Container, OutOfMemory, Session, SpecError
 
 HOG = ["python3", "-c", "x = bytearray(200 << 20)"]
 
 BUSY = """
 import os, time
-end = time.monotonic() + 2
-while time.monotonic() < end: pass
-print(sum(os.times()[:2]) / 2)
+begin, used = time.monotonic(), sum(os.times()[:2])
+while time.monotonic() < begin + 2: pass
+print((sum(os.times()[:2]) - used) / (time.monotonic() - begin))
 """
 
 
 @pytest.mark.sandbox(cpus=0.5)
 def test_a_busy_loop_gets_its_share_of_a_core(nsbox_container: Container) -> None:
-    # the interpreter's own start is before the two seconds that are measured
     share = float(nsbox_container.run(["python3", "-S", "-c", BUSY], check=True).stdout)
     assert share == pytest.approx(0.5, abs=0.05)
     stats = nsbox_container.stats()
     assert stats.cpu >= 0.9
     assert stats.throttled is not None
-    assert stats.throttled > 0.5
+    assert stats.throttled > 0
 
 
 @pytest.mark.sandbox(cpuset="1")
@@ -87,6 +87,21 @@ def test_a_large_file_is_not_out_of_memory(nsbox_container: Container) -> None:
     nsbox_container.run(command, shell=True, check=True)
     sizes = nsbox_container.run(["stat", "-c%s", "/var/large", "/tmp/large"]).stdout
     assert sizes.split() == [str(200 << 20)] * 2
+
+
+def test_where_the_cache_is_memory_a_large_file_finds_no_space() -> None:
+    """What is written counts as memory then, and the kernel cannot reclaim it."""
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as cache,
+        Session(cache=cache) as session,
+        session.container(memory="64M") as container,
+    ):
+        for path in ("/var/large", "/tmp/large", "/run/large"):
+            result = container.run(f"head -c 200M /dev/zero > {path}", shell=True)
+            assert result.returncode == 1
+            assert "No space left on device" in result.stderr
+        container.run(["python3", "-c", "x = bytearray(16 << 20)"], check=True)
+        assert container.stats().oom_kills == 0
 
 
 @pytest.mark.sandbox(pids=20)
@@ -154,14 +169,14 @@ def test_a_test_past_its_timeout_fails_saying_so(
         """
         import time, pytest
 
-        @pytest.mark.sandbox(timeout=0.3)
+        @pytest.mark.sandbox(timeout=1)
         def test_inside():
             time.sleep(1000)
 
-        @pytest.mark.sandbox(timeout=0.3)
+        @pytest.mark.sandbox(timeout=1)
         def test_outside(nsbox_container):
             nsbox_container.run(["sleep", "1000"])
         """
     )
     result.assert_outcomes(failed=2)
-    assert result.stdout.str().count("it outlived its timeout of 0.3 s") >= 2
+    assert result.stdout.str().count("it outlived its timeout of 1 s") >= 2

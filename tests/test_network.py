@@ -187,9 +187,9 @@ def test_two_pytest_processes_at_once_use_the_same_addresses(pytester: pytest.Py
             assert nsbox_container.ip == "172.27.0.2"
             nsbox_container.write_text("/srv/who", me)
             nsbox_container.popen(["python3", "-m", "http.server", "80", "--directory", "/srv"])
-            nsbox_container.wait_for_port(80)
+            nsbox_container.wait_for_port(80, timeout=100)
             pathlib.Path(me).touch()
-            nsbox_container.wait_until(pathlib.Path(other).exists)
+            nsbox_container.wait_until(pathlib.Path(other).exists, timeout=100)
             with nsbox_container.connect(80) as sock:
                 sock.sendall(b"GET /who HTTP/1.0\\r\\n\\r\\n")
                 assert sock.makefile().read().endswith(me)
@@ -206,7 +206,7 @@ def test_two_pytest_processes_at_once_use_the_same_addresses(pytester: pytest.Py
     with contextlib.ExitStack() as stack:
         for run in runs:
             stack.enter_context(run)
-        outputs = [run.communicate(timeout=120)[0] for run in runs]
+        outputs = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
 
 

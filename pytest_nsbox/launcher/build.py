@@ -4,6 +4,8 @@ is that list backwards."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import select
 import signal
@@ -17,6 +19,7 @@ from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, Unsupport
 from pytest_nsbox.init.setup import InitPlan
 from pytest_nsbox.kernel import cgroup, link
 from pytest_nsbox.kernel.cgroup import Cgroup
+from pytest_nsbox.kernel.mounts import mount_points
 from pytest_nsbox.kernel.netlink import Request
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.hub import Interface
@@ -115,7 +118,7 @@ def build(
         _limit(container, workshop)
         layer = _layer_on_disk(container, workshop)
         plan = InitPlan(
-            order=order,
+            order=order if layer else _bounded(order),
             layer=layer,
             resolv_conf=names.resolv_conf(order.dns, _reach(container)),
             hosts=names.hosts(known_names(container), order.hosts),
@@ -184,6 +187,9 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
     order = container.order
     if order.disk is not None or (order.limits.memory is None and order.limits.io is None):
         return None
+    workshop.layers.mkdir(parents=True, exist_ok=True)
+    if not _holds_layers(workshop.layers):
+        return None
     path = str(workshop.layers / f"{workshop.ledger.name}-{container.id}")
     workshop.ledger.record(ledger.LAYER, path)
     os.makedirs(path, mode=0o700)
@@ -191,6 +197,23 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
         f"rm -r {path}", lambda: workshop.janitor.remove(path, workshop.ledger.path)
     )
     return path
+
+
+@functools.cache
+def _holds_layers(directory: Path) -> bool:
+    """An overlay cannot be the upper layer of another one, as of the kernel's
+    Documentation/filesystems/overlayfs.rst, and files on a tmpfs are memory wherever it is."""
+    path = directory.resolve()
+    over = [mount for mount in mount_points() if path.is_relative_to(mount.path)]
+    return max(over, key=lambda mount: len(mount.path)).fstype not in ("overlay", "tmpfs")
+
+
+def _bounded(order: Order) -> Order:
+    """Where what is written is memory and memory is limited, a large file has to fail by ENOSPC
+    before the container is killed for it; the other half is for its processes."""
+    if order.disk is not None or order.limits.memory is None:
+        return order
+    return dataclasses.replace(order, disk=order.limits.memory // 2)
 
 
 def _inside_requests(container: Container) -> list[Request]:

@@ -23,20 +23,22 @@ from pytest_nsbox.kernel import libc, namespaces
 class Zygote:
     """The launcher's handle on it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        self._pid = pid
         self._socket = sock
 
     @classmethod
     def start(cls) -> Zygote:
         """Fork it off the calling process."""
         ours, theirs = wire.pair()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             try:
                 _live(theirs)
             finally:
                 os._exit(0)
         theirs.close()
-        return cls(ours)
+        return cls(pid, ours)
 
     def fork_init(self, plan: InitPlan, fds: list[int]) -> tuple[int, int]:
         """A new PID 1; returns its pid and a pidfd. `fds` are the sockets to launcher and
@@ -45,7 +47,9 @@ class Zygote:
         return int(reply["pid"]), received[0]
 
     def close(self) -> None:
+        """End it, and wait until it has ended."""
         self._socket.close()
+        os.waitpid(self._pid, 0)
 
 
 def _live(launcher: socket.socket) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from _pytest.runner import CallInfo, runtestprotocol
 
+from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin.boxes import boxes_of
 from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
@@ -156,7 +157,13 @@ def _run(item: pytest.Item, held: list[pytest.TestReport]) -> None:
     spec = spec_of(item, _spec_defaults(item))
     temporary = getattr(item.config, "_tmp_path_factory", None)
     keep = [] if temporary is None else [str(temporary.getbasetemp())]
-    with boxes_of(item.config).container(item, None, spec, passthrough=keep) as container:
+    boxes = boxes_of(item.config)
+    if not boxes.session.resolve_rootfs(spec.rootfs).is_host:
+        raise UnsupportedError(
+            f"a body runs inside with pytest's own Python, so on the host's root, not on "
+            f"{spec.rootfs!r}; take nsbox_container to drive that one from outside"
+        )
+    with boxes.container(item, None, spec, passthrough=keep) as container:
         _run_in(item, container, held)
 
 

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pytest_nsbox.errors import CallError, NsboxError
+from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
@@ -38,7 +38,10 @@ class Inside:
     ) -> None:
         from pytest_nsbox.init.enter import Ticket, fork_into
 
-        reply, fds = container.session.request("enter", id=container.id)
+        try:
+            reply, fds = container.session.request("enter", id=container.id)
+        except ContainerDied as error:
+            raise (container.death() or error) from None
         kept = reply["capabilities"]
         ticket = Ticket(
             pidfd=fds[0],
