@@ -21,7 +21,7 @@ def save(data):
         raise
 
 
-@pytest.mark.sandbox(disk="400M")
+@pytest.mark.sandbox(disk="4M")
 def test_a_full_disk_leaves_the_old_state():
     save(b"old")
     with pytest.raises(OSError) as caught:

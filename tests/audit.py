@@ -115,7 +115,7 @@ class Snapshot:
                 found += [f"{field.name}: - {line}" for line in sorted(before - after)]
         return found
 
-    def must_equal_soon(self, grace: float = 2.0) -> None:
+    def must_equal_soon(self, grace: float = 20.0) -> None:
         """Fail for what is still there after `grace` seconds: who was orphaned needs a moment,
         and for the end of a stranger's child there is no event."""
         deadline = time.monotonic() + grace

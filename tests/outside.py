@@ -68,7 +68,11 @@ def outside(directory: Path) -> Iterator[Outside]:
 
         def start(*command: str | Path) -> subprocess.Popen[str]:
             process = subprocess.Popen(
-                list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                list(map(str, command)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -104,12 +108,11 @@ def outside(directory: Path) -> Iterator[Outside]:
         server = start(*in_web, sys.executable, "-c", _WEB_SERVER)
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
-        # in the foreground it is up when its pid file is there
-        run_tool(
-            *in_web, tool("dnsmasq"), "--no-resolv", "--no-hosts", "--conf-file=/dev/null",
-            f"--address=/www.example.test/{WEB}", f"--pid-file={directory}/dnsmasq.pid",
+        names = start(
+            *in_web, tool("dnsmasq"), "--no-daemon", "--log-facility=-", "--no-resolv",
+            "--no-hosts", "--conf-file=/dev/null", f"--address=/www.example.test/{WEB}",
             f"--listen-address={NAME_SERVER}", "--bind-interfaces", "--user=root",
         )  # fmt: skip
-        pid = int((directory / "dnsmasq.pid").read_text())
-        stack.callback(os.kill, pid, 9)
+        assert names.stdout is not None
+        assert any("started" in line for line in iter(names.stdout.readline, ""))
         yield world

@@ -72,7 +72,7 @@ def test_the_plugin_alone_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     loaded = done.stdout.split()
     assert "pytest_nsbox.plugin" in loaded, done.stderr
-    for heavy in ("pyroute2", "ctypes", "pytest_nsbox.session", "pytest_nsbox.rootfs", "json"):
+    for heavy in ("pyroute2", "ctypes", "pytest_nsbox.session", "pytest_nsbox.rootfs"):
         assert heavy not in loaded
 
 

@@ -59,6 +59,7 @@ def test_system_v_ipc_is_its_own(nsbox_container: Container) -> None:
 
 def test_posix_message_queues_are_its_own(nsbox_container_factory: Any) -> None:
     a, b = nsbox_container_factory(), nsbox_container_factory()
+    assert "mqueue /dev/mqueue mqueue" in a.read_text("/proc/mounts")
     a.run(["touch", "/dev/mqueue/letters"], check=True)
     assert a.run(["ls", "/dev/mqueue"]).stdout == "letters\n"
     assert b.run(["ls", "/dev/mqueue"]).stdout == ""
@@ -91,6 +92,7 @@ def test_uptime_starts_where_it_is_told(nsbox_container: Container) -> None:
 @pytest.mark.sandbox(userns=True)
 def test_root_in_a_user_namespace_has_no_power_over_the_host(nsbox_container: Container) -> None:
     """Files are the host root's copy-on-write as ever, the network is the container's own."""
+    assert namespaces_of(nsbox_container)["user"] != os.readlink("/proc/self/ns/user")
     assert nsbox_container.run(["id", "-u"]).stdout == "0\n"
     nsbox_container.run(["ip", "link", "set", "lo", "down"], check=True)
     nsbox_container.run(["touch", "/etc/from-inside", "/usr/bin/from-inside"], check=True)

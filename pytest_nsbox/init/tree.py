@@ -162,7 +162,8 @@ def _host_by_directory(
     """
     kernel = {mount.path for mount in mounts if mount.fstype in KERNEL_FILESYSTEMS}
     below = {parent for mount in mounts for parent in _parents(mount.path)}
-    yield Mount("root", NEW, "tmpfs", MS_NODEV, "mode=755")
+    yield MakeDir(LAYER + "/root")  # not a tmpfs of its own, which would have a size of its own
+    yield BindMount(LAYER + "/root", NEW, flags=MS_NODEV)
     for name in REPLACED:
         yield MakeDir(NEW + name, 0o1777 if name == "/tmp" else 0o755)
     etc = f"{where}/host/etc"

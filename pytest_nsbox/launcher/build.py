@@ -118,7 +118,7 @@ def build(
         _limit(container, workshop)
         layer = _layer_on_disk(container, workshop)
         plan = InitPlan(
-            order=order if layer else _bounded(order),
+            order=_bounded(order),
             layer=layer,
             resolv_conf=names.resolv_conf(order.dns, _reach(container)),
             hosts=names.hosts(known_names(container), order.hosts),
@@ -209,8 +209,8 @@ def _holds_layers(directory: Path) -> bool:
 
 
 def _bounded(order: Order) -> Order:
-    """Where what is written is memory and memory is limited, a large file has to fail by ENOSPC
-    before the container is killed for it; the other half is for its processes."""
+    """Where memory is limited, a large file has to fail by ENOSPC on what is a tmpfs, /run at
+    least, before the container is killed for it; the other half is for its processes."""
     if order.disk is not None or order.limits.memory is None:
         return order
     return dataclasses.replace(order, disk=order.limits.memory // 2)

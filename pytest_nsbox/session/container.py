@@ -384,6 +384,8 @@ class Container:
         A server that listens on the container's own loopback only is reached there. `timeout`,
         in seconds, is for connecting. Raises OSError (ConnectionRefusedError) or ContainerDied.
         """
+        if select.select([self.pidfd], [], [], 0)[0]:
+            raise self.why_dead()
         reply, fds = self.session.request("socket", id=self.id, type=socket.SOCK_STREAM)
         if reply["ip"] is not None:
             sock = socket.socket(fileno=fds[0])

@@ -208,7 +208,7 @@ def describe_end(process: Process) -> str:
     """A process's command, how it ended and the last it wrote."""
     args = process.args
     command = args if isinstance(args, str) else " ".join(map(str, args))  # type: ignore[arg-type]
-    code = process.returncode
+    code = process.poll()
     if code is None:
         ended = "is running"
     elif code < 0:
