@@ -229,6 +229,58 @@ def test_a_body_that_is_killed_fails_with_its_output(run_pytest: Run) -> None:
     )
 
 
+def test_a_failing_body_ends_though_a_watchdog_is_set(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.sandbox
+        def test_it(): assert 0
+
+        def test_after(): pass
+        """,
+        "-o",
+        "faulthandler_timeout=60",
+    )
+    result.assert_outcomes(failed=1, passed=1)
+
+
+def test_the_watchdog_sees_a_body_that_takes_too_long(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import time, pytest
+
+        @pytest.mark.sandbox(timeout=2)
+        def test_it():
+            time.sleep(1000)
+        """,
+        "-o",
+        "faulthandler_timeout=0.5",
+    )
+    result.assert_outcomes(failed=1)
+    assert "in test_it" in result.stderr.str()
+
+
+def test_the_environment_of_the_marker_is_the_bodys(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import os, pytest
+
+        @pytest.mark.sandbox(env={"A": "b"})
+        def test_inside():
+            assert os.environ["A"] == "b"
+
+        def test_after():
+            assert "A" not in os.environ
+
+        @pytest.mark.sandbox(user="nobody")
+        def test_user(): pass
+        """
+    )
+    result.assert_outcomes(passed=2, errors=1)
+    assert "a body runs inside as who runs pytest" in result.stdout.str()
+
+
 def test_markers_on_module_class_and_function_merge(run_pytest: Run) -> None:
     result = run_pytest(
         """

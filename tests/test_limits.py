@@ -142,6 +142,8 @@ def test_limits_are_changed_while_it_runs(nsbox_container_factory: Any) -> None:
     container.update(memory="512M", pids=100)
     assert not container.run(HOG).oom_killed
     assert container.stats().memory_limit == 512 << 20
+    with pytest.raises(SpecError, match="memory=None: a limit can be changed, not lifted"):
+        container.update(memory=None)
     with pytest.raises(SpecError, match="cannot change 'hostname'"):
         container.update(hostname="other")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_nsbox import Bind, Container, Tmpfs
+from pytest_nsbox import Bind, Container, Tmpfs, UnsupportedError
 from tests.images import Images
 
 SOURCES = ["tree", "tarball", "docker_archive", "oci_archive", "oci_layout"]
@@ -54,6 +54,11 @@ def test_other_filesystems_of_the_host_show_copy_on_write(pytester: pytest.Pytes
             assert nsbox_container.read_text("/opt/nsbox-test/sub/file") == "changed"
             assert FILE.read_text() == "on the tmpfs\\n"
             assert not (FILE.parent / "new").exists()
+
+        def test_read_only(nsbox_container_factory):
+            container = nsbox_container_factory(read_only=True)
+            done = container.run(["touch", "/opt/nsbox-test/sub/new"])
+            assert "Read-only" in done.stderr
         """
     )
     script = f"""
@@ -186,10 +191,19 @@ def test_a_body_that_cannot_run_on_an_image_says_so(run_pytest: Any, images: Ima
     assert "pytest_nsbox/" not in result.stdout.str()
 
 
-def test_a_read_only_root_refuses_to_be_written(nsbox_container_factory: Any) -> None:
-    container = nsbox_container_factory(read_only=True)
-    with pytest.raises(OSError, match="Read-only"):
-        container.write_text("/etc/x", "")
+def test_an_image_in_a_user_namespace_is_refused(
+    nsbox_container_factory: Any, images: Images
+) -> None:
+    with pytest.raises(UnsupportedError, match="for the host's root"):
+        nsbox_container_factory(rootfs=images.tarball, userns=True)
+
+
+@pytest.mark.parametrize("userns", [False, True])
+def test_a_read_only_root_refuses_to_be_written(nsbox_container_factory: Any, userns: bool) -> None:
+    container = nsbox_container_factory(read_only=True, userns=userns)
+    for path in ("/x", "/etc/x", "/var/x"):
+        with pytest.raises(OSError, match="Read-only"):
+            container.write_text(path, "")
     container.write_text("/tmp/written", "still here")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -77,6 +78,8 @@ def _child(
             confined.apply()
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials clears it
         status = body()
+    except BaseException:
+        traceback.print_exc()  # the parent can only see that no result has come
     finally:
         os._exit(status)
 

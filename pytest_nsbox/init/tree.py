@@ -94,9 +94,10 @@ def file_tree(
     steps.append(BindMount(where + "/tmp", NEW + "/tmp", flags=MS_NOSUID | MS_NODEV))
     steps.append(BindMount(RUN, NEW + "/run", flags=MS_NOSUID | MS_NODEV))
     steps += _shown(order, where)
-    steps += [_user_mount(mount) for mount in order.mounts]
     if order.read_only:
-        steps.append(Mount("none", NEW, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NODEV))
+        roots = [step.target for step in steps if isinstance(step, (Overlay, SubOverlay))]
+        steps += [ReadOnly(path, bind=False) for path in dict.fromkeys([NEW, *roots])]
+    steps += [_user_mount(mount) for mount in order.mounts]
     steps += _closed(order)
     steps.append(PivotRoot(NEW))
     return steps

@@ -212,18 +212,21 @@ class MakeSymlink:
 
 @dataclass(frozen=True)
 class ReadOnly:
-    """Make a part of a filesystem read-only where it is; a missing one needs nothing."""
+    """Make a mount read-only, or with `bind` a part of one, by a mount of its own on itself; a
+    missing path needs nothing."""
 
     path: str
+    bind: bool = True
 
     def describe(self) -> str:
         return f"remount {self.path} read-only"
 
     def do(self) -> None:
-        try:
-            libc.mount(self.path, self.path, None, MS_BIND)
-        except FileNotFoundError:
-            return
+        if self.bind:
+            try:
+                libc.mount(self.path, self.path, None, MS_BIND)
+            except FileNotFoundError:
+                return
         flags = MS_BIND | MS_REMOUNT | MS_RDONLY | locked_flags(self.path)
         libc.mount("none", self.path, None, flags)
 

@@ -4,6 +4,7 @@ one fork that enters the container and does the rest."""
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from _pytest.runner import CallInfo, runtestprotocol
 
 from pytest_nsbox.errors import UnsupportedError
@@ -163,12 +165,21 @@ def _run(item: pytest.Item, held: list[pytest.TestReport]) -> None:
             f"a body runs inside with pytest's own Python, so on the host's root, not on "
             f"{spec.rootfs!r}; take nsbox_container to drive that one from outside"
         )
+    if spec.user is not None:
+        raise UnsupportedError(
+            f"user={spec.user!r}: a body runs inside as who runs pytest, or tmp_path would be out "
+            "of its reach; take nsbox_container and run commands as that user"
+        )
     with boxes.container(item, None, spec, passthrough=keep) as container:
         _run_in(item, container, held)
 
 
 def _run_in(item: pytest.Item, container: Container, held: list[pytest.TestReport]) -> None:
-    inside = Inside(container, lambda send: _body(item, send), container.working_directory())
+    # the watchdog is a thread that the child would wait for in vain; the child starts its own
+    faulthandler.cancel_dump_traceback_later()
+    inside = Inside(
+        container, lambda send: _body(item, container, send), container.working_directory()
+    )
     done = False
     try:
         for data in inside.messages():
@@ -193,9 +204,11 @@ def _run_in(item: pytest.Item, container: Container, held: list[pytest.TestRepor
         _log(item, _crashed(item, container, code))
 
 
-def _body(item: Any, send: Any) -> None:
+def _body(item: Any, container: Container, send: Any) -> None:
     """In the child: pytest's own protocol, down to this item and no further."""
     config = item.config
+    os.environ.update(container.spec.env)
+    _watch(config)
     config.pluginmanager.register(_Reports(config, send), "nsbox-reports")
     try:
         # not logged here, where other plugins would pass it on, but by the parent
@@ -204,6 +217,16 @@ def _body(item: Any, send: Any) -> None:
         send(pickle.dumps(("exit", (error.msg, error.returncode))))
     except KeyboardInterrupt:
         send(pickle.dumps(("interrupt", None)))
+
+
+def _watch(config: pytest.Config) -> None:
+    """Dump tracebacks of a body that takes too long, as pytest's faulthandler plugin does."""
+    stderr = config.stash.get(fault_handler_stderr_fd_key, None)
+    if stderr is None:  # the plugin is not in use, and its options are unknown
+        return
+    timeout = float(config.getini("faulthandler_timeout") or 0)
+    if timeout > 0:
+        faulthandler.dump_traceback_later(timeout, file=stderr)
 
 
 class _Reports:
@@ -241,7 +264,7 @@ def _crashed(item: pytest.Item, container: Container, code: int) -> pytest.TestR
         location=item.location,
         keywords=dict.fromkeys(item.keywords, 1),
         outcome="failed",
-        longrepr=f"{os.fspath(item.path)}:{(item.location[1] or 0) + 1}: {text}",
+        longrepr=f"{item.location[0]}:{(item.location[1] or 0) + 1}: {text}",
         when="call",
         sections=sections,
     )

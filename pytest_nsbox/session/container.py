@@ -27,7 +27,7 @@ from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.model.units import format_size
 from pytest_nsbox.session import waiting
-from pytest_nsbox.session.inside import call
+from pytest_nsbox.session.inside import Inside, call
 from pytest_nsbox.session.process import Arguments, Process, describe_end
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Container:
         self.ip6: str | None = first[1]
         self.addresses: list[tuple[str, str, int]] = [tuple(row) for row in reply["addresses"]]
         self.processes: list[Process] = []
+        self.bodies: list[Inside] = []  # forks of this process that are at work inside
         self._init = socket.socket(fileno=fds[0])
         self.pidfd = fds[1]
         self._owner = os.getpid()
@@ -81,6 +82,9 @@ class Container:
             return
         self._closed = True
         try:
+            # PID 1 cannot end before those are reaped, and they are this process's children
+            for body in list(self.bodies):
+                body.kill()
             self._last, _ = self.session.request("destroy", id=self.id)
         finally:
             self._init.close()
@@ -115,6 +119,11 @@ class Container:
                 f"update cannot change {sorted(unknown)[0]!r}; it can change "
                 + ", ".join(vars(Limits()))
             )
+        for key, value in limits.items():
+            if value is None:
+                raise SpecError(
+                    f"{key}=None: a limit can be changed, not lifted; give a larger one"
+                )
         self.spec = self.spec.replace(**limits)
         changed = {key: value for key, value in vars(self.spec.limits()).items() if key in limits}
         self.session.request("update", id=self.id, limits=changed)

@@ -69,6 +69,8 @@ class Inside:
         finally:
             ticket.close()
         self.pidfd = os.pidfd_open(self.pid)
+        self._container = container
+        container.bodies.append(self)
 
     def messages(self, timeout: float | None = None) -> Iterator[bytes]:
         """What the child sends, until it ends.
@@ -102,6 +104,7 @@ class Inside:
 
     def end(self) -> int:
         """Wait for the child; its exit code, negative for the signal that killed it."""
+        self._container.bodies.remove(self)
         _, status = os.waitpid(self.pid, 0)
         os.close(self.pidfd)
         self._socket.close()

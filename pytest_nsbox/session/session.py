@@ -153,6 +153,11 @@ class Session:
         """
         full = (spec or self.spec).replace(**keywords)
         rootfs = self.resolve_rootfs(full.rootfs)
+        if full.userns and not rootfs.is_host:
+            raise UnsupportedError(
+                "userns=True is for the host's root: in a user namespace an overlay does not see "
+                "which directories of an image's layers replace those below"
+            )
         name = self._name(name)
         try:
             order = make_order(
