@@ -129,9 +129,11 @@ def _docker(store: Store, choice: str | None) -> tuple[Json, list[_Layer]]:
 
 
 def _familiar(tag: str) -> str:
-    """A tag as docker would write it: `alpine` is `docker.io/library/alpine:latest`."""
-    for prefix in ("docker.io/", "library/"):
-        tag = tag.removeprefix(prefix)
+    """A tag in its short form, without the registry: `alpine` is `HOST/library/alpine:latest`."""
+    host, slash, path = tag.partition("/")
+    if slash and ("." in host or ":" in host):
+        tag = path
+    tag = tag.removeprefix("library/")
     return tag if ":" in tag.rpartition("/")[2] else f"{tag}:latest"
 
 

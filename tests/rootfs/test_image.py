@@ -153,7 +153,9 @@ def test_of_several_images_one_is_chosen_by_name(
         if name != "manifest.json":
             return data
         (image,) = json.loads(data)
-        return json.dumps([image, {**image, "RepoTags": ["docker.io/library/other:2"]}]).encode()
+        return json.dumps(
+            [image, {**image, "RepoTags": ["registry.example/library/other:2"]}]
+        ).encode()
 
     archive = rewrite_archive(docker_archive, tmp_path / "two.tar", twice)
     with pytest.raises(RootfsError, match=r"several images.*example/app:v1, .*other:2.*two\.tar#"):
@@ -161,7 +163,7 @@ def test_of_several_images_one_is_chosen_by_name(
     with pytest.raises(RootfsError, match="no image 'third' in it"):
         resolve(f"{archive}#third", cache)
     assert resolve(f"{archive}#other:2", cache).layers
-    assert resolve(f"{archive}#docker.io/example/app:v1", cache).layers
+    assert resolve(f"{archive}#registry.example:5000/example/app:v1", cache).layers
 
 
 def test_of_several_names_in_a_layout_one_is_chosen(copied: Path, cache: LayerCache) -> None:
