@@ -6,13 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pytest_nsbox import Session
 from tests.audit import Snapshot, take
 from tests.images import Images
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Images are unpacked into a cache of this run's own, gone after it.
+
+    It is below /var/tmp, which is a disk where /tmp may be memory.
+    """
+    cache = tempfile.mkdtemp(prefix="nsbox-tests-", dir="/var/tmp")
+    config.add_cleanup(lambda: shutil.rmtree(cache))
+    os.environ["XDG_CACHE_HOME"] = cache
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +49,9 @@ def run_pytest(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[Snapshot]:
+def nothing_left(nsbox_session: Session) -> Iterator[Snapshot]:
     """The machine is after the test as it was before."""
+    nsbox_session.describe()  # this run's own launcher has started, or it would look left behind
     before = take()
     yield before
     before.must_equal_soon()

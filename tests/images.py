@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import uuid
@@ -81,6 +82,29 @@ class Images:
             f"oci:{self.oci_layout}:app",
             f"docker-archive:{path}:app:1",
         )
+        return path
+
+    @functools.cached_property
+    def debian_tree(self) -> Path:
+        """The distribution that this machine runs, as debootstrap makes it."""
+        release = platform.freedesktop_os_release()["VERSION_CODENAME"]
+        mirrors = subprocess.check_output(
+            ["apt-get", "indextargets", "--format", "$(REPO_URI)", f"Codename: {release}"],
+            text=True,
+        )
+        tree = self.directory / "debian"
+        options = ["--variant=minbase", "--include=python3-minimal"]
+        self._run("debootstrap", *options, release, tree, mirrors.split()[0])
+        return tree
+
+    @functools.cached_property
+    def debian_docker_archive(self) -> Path:
+        """The same, as `docker save` would write it."""
+        layout, path = self.directory / "debian-layout", self.directory / "debian.tar"
+        self._run("umoci", "init", "--layout", layout)
+        self._run("umoci", "new", "--image", f"{layout}:debian")
+        self._run("umoci", "insert", "--image", f"{layout}:debian", self.debian_tree, "/")
+        self._run("skopeo", "copy", "--quiet", f"oci:{layout}:debian", f"docker-archive:{path}:d:1")
         return path
 
     @functools.cached_property

@@ -154,6 +154,23 @@ def test_an_image_is_started_from(
         assert sock.makefile("rb").read().endswith(b"hello from the image\n")
 
 
+@pytest.mark.parametrize("source", ["debian_tree", "debian_docker_archive"])
+def test_a_whole_distribution_is_started_from(
+    nsbox_container_factory: Any, images: Images, source: str
+) -> None:
+    """Its package manager works, set-user-ID bits are kept, and it serves."""
+    container = nsbox_container_factory(rootfs=getattr(images, source))
+    container.run(["dpkg", "--verify", "dpkg", "coreutils"], check=True)
+    mode, owner = container.run(["stat", "-c%a %U", "/usr/bin/passwd"]).stdout.split()
+    assert (mode, owner) == ("4755", "root")
+    container.run(["dpkg", "--remove", "--force-all", "tzdata"], check=True)
+    script = "import socket; s = socket.create_server(('', 80)); s.accept()[0].sendall(b'served')"
+    container.popen(["python3", "-c", script])
+    container.wait_for_port(80)
+    with container.connect(80) as sock:
+        assert sock.recv(100) == b"served"
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_nothing_is_written_to_an_image(
     nsbox_container_factory: Any, images: Images, source: str
