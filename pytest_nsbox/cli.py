@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -49,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("command", nargs=argparse.REMAINDER, help="the command and its arguments")
     run.set_defaults(run=_run)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="try what this host can give to containers, and say how to cure what is missing",
+        description="Try each facility in namespaces of its own and leave nothing. The exit status "
+        "is 0 when all that a test without keywords needs works, else 1.",
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
     gc = commands.add_parser("gc", help="remove what killed sessions have left")
     gc.set_defaults(run=_gc)
 
@@ -82,6 +93,21 @@ def _run(options: argparse.Namespace) -> int:
         if result.oom_killed:
             print(f"nsbox: {container.death()}", file=sys.stderr)
     return result.returncode if result.returncode >= 0 else 128 - result.returncode
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if sys.platform != "linux":
+        from pytest_nsbox.session.session import check_host
+
+        check_host()
+    from pytest_nsbox.doctor import table
+
+    findings = table.examine()
+    if options.json:
+        print(json.dumps(table.as_data(findings), indent=2))
+    else:
+        print(table.as_text(findings, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    return table.status(findings)
 
 
 def _gc(options: argparse.Namespace) -> int:

@@ -23,7 +23,8 @@ BELOW = {
     # a function that runs inside is a fork of the test process: init.enter is its door
     "session": {"wire", "rootfs", "model", "errors", "init"},
     "plugin": {"session", "rootfs", "model", "errors"},
-    "cli": {"session", "launcher", "rootfs", "model", "errors"},
+    "doctor": {"kernel", "model", "errors"},
+    "cli": {"doctor", "session", "launcher", "rootfs", "model", "errors"},
     "__init__": {"session", "model", "errors"},
 }
 DOORS = {

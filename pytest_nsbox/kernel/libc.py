@@ -75,6 +75,7 @@ _libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 _libc.setdomainname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 _libc.prctl.argtypes = (ctypes.c_int,) + (ctypes.c_ulong,) * 4
 _libc.eventfd.argtypes = (ctypes.c_uint, ctypes.c_int)
+_libc.inotify_init1.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -171,6 +172,11 @@ def set_process_name(name: str) -> None:
 def eventfd(initial: int = 0, flags: int = os.O_CLOEXEC) -> int:
     """eventfd(2): a counter that poll(2) can wait for."""
     return _check(_libc.eventfd(initial, flags), "eventfd")
+
+
+def inotify_init1(flags: int = os.O_CLOEXEC) -> int:
+    """inotify_init1(2): a descriptor that tells of changes to files."""
+    return _check(_libc.inotify_init1(flags), "inotify_init1")
 
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:

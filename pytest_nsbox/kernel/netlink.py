@@ -19,6 +19,7 @@ NLM_F_CREATE = 0x400
 NLM_F_EXCL = 0x200
 NLM_F_REPLACE = 0x100
 NLMSG_ERROR = 2
+NLMSG_DONE = 3
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
@@ -113,6 +114,21 @@ class Netlink:
                 if kind == NLMSG_ERROR:
                     raise _refusal(request.what, -struct.unpack_from("=i", body)[0], body)
                 return body
+
+    def dump(self, request: Request) -> list[bytes]:
+        """The bodies of all answers to a dump request. Raises OSError when it is refused."""
+        self._sequence += 1
+        self._socket.send(_message(request, self._sequence))
+        bodies: list[bytes] = []
+        while True:
+            for kind, sequence, body in _messages(self._socket.recv(1 << 16)):
+                if sequence != self._sequence:
+                    continue
+                if kind == NLMSG_DONE:
+                    return bodies
+                if kind == NLMSG_ERROR:
+                    raise _refusal(request.what, -struct.unpack_from("=i", body)[0], body)
+                bodies.append(body)
 
 
 def _message(request: Request, sequence: int) -> bytes:

@@ -26,7 +26,9 @@ from pytest_nsbox.kernel.netlink import (
 _SUBSYS = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _NEWTABLE, _NEWCHAIN, _NEWRULE = _SUBSYS | 0, _SUBSYS | 3, _SUBSYS | 6
+_GETCHAIN = _SUBSYS | 4
 _APPEND = 0x800
+_DUMP = 0x300
 _TABLE_OWNER = 2  # NFT_TABLE_F_OWNER
 _HOOKS = {"forward": 2, "postrouting": 4, "input": 1}
 ACCEPT, DROP = 1, 0
@@ -113,6 +115,39 @@ def accept() -> list[Any]:
     return list(verdict(ACCEPT))
 
 
+def forward_chains() -> list[tuple[str, int]]:
+    """The base chains at the forward hook here, iptables' among them: name and policy.
+
+    Needs CAP_NET_ADMIN; raises OSError.
+    """
+    header = struct.pack("=BBH", socket.AF_INET, 0, 0)
+    request = Request("nft list chains", _GETCHAIN, _DUMP, header, False)
+    netlink = Netlink(NETLINK_NETFILTER)
+    try:
+        bodies = netlink.dump(request)
+    finally:
+        netlink.close()
+    found = []
+    for body in bodies:
+        attrs = _attributes(body[4:])  # after struct nfgenmsg
+        if 4 in attrs and struct.unpack_from(">I", _attributes(attrs[4])[1])[0] == 2:
+            name = b"/".join(attrs[key].rstrip(b"\0") for key in (1, 3)).decode()
+            found.append((name, struct.unpack(">I", attrs.get(5, b"\0\0\0\1"))[0]))
+    return found
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    found = {}
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+        offset += length + -length % 4
+    return found
+
+
 class Nft:
     """A socket whose tables live as long as it does."""
 
@@ -136,6 +171,7 @@ __all__ = [
     "Nft",
     "accept",
     "chain",
+    "forward_chains",
     "interface",
     "masquerade",
     "nfgen_msg",

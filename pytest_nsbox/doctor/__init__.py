@@ -1,0 +1,1 @@
+"""What this host can give to containers, found by trying."""

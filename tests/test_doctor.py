@@ -1,0 +1,124 @@
+"""`nsbox doctor` tries, tells the truth on hosts that lack something, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from pytest_nsbox.doctor import host
+from tests.audit import Snapshot
+
+DOCTOR = [
+    sys.executable,
+    "-c",
+    "from pytest_nsbox.cli import main; raise SystemExit(main())",
+    "doctor",
+]
+
+
+def examine(*prefix: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The exit status and the findings by name, on a host made poorer by `prefix`."""
+    done = subprocess.run([*prefix, *DOCTOR, "--json"], capture_output=True, text=True, timeout=60)
+    assert done.stdout, done.stderr
+    data = json.loads(done.stdout)
+    assert data["ok"] == (done.returncode == 0)
+    return done.returncode, {finding["name"]: finding for finding in data["findings"]}
+
+
+def without(script: str) -> list[str]:
+    """A prefix: the rest runs in a mount namespace that `script` has changed."""
+    return ["unshare", "-m", "sh", "-c", f'{script}; exec "$@"', "sh"]
+
+
+def test_on_this_host_all_that_tests_need_works(nothing_left: Snapshot) -> None:
+    started = time.monotonic()
+    status, found = examine()
+    assert time.monotonic() - started < 6  # 0.9 s on an idle machine
+    assert status == 0
+    assert not [f for f in found.values() if f["needed"] and not f["works"]]
+    for name in ("memory", "pids", "cpu", "cpuset"):
+        assert found[f"cgroup {name}"]["works"], found[f"cgroup {name}"]
+
+
+def test_without_sys_admin_it_fails_and_names_the_cure(nothing_left: Snapshot) -> None:
+    status, found = examine("setpriv", "--bounding-set=-sys_admin")
+    assert status == 1
+    assert not found["namespaces"]["works"]
+    assert "unshare" in found["namespaces"]["why"]
+    assert "Operation not permitted" in found["namespaces"]["why"]
+    assert found["namespaces"]["cure"]
+    assert found["user namespaces"]["works"]
+    assert not found["a container"]["works"]
+
+
+def test_without_cgroups_limits_are_missing_and_the_rest_is_enough() -> None:
+    hidden = "mount -t tmpfs none /sys/fs/cgroup"
+    status, found = examine(*without(hidden))
+    assert status == 0
+    for name in ("memory", "swap", "pids", "cpu", "cpuset", "io", "freezer"):
+        finding = found[f"cgroup {name}"]
+        assert not finding["works"]
+        assert "no cgroup can be written" in finding["why"]
+        assert finding["cure"]
+    assert found["a container"]["works"], found["a container"]
+
+
+def test_a_masked_proc_is_found_by_mounting_one() -> None:
+    status, found = examine(
+        *without("mount -t tmpfs none /proc/acpi || mount -t tmpfs none /proc/irq")
+    )
+    assert status == 0
+    finding = found["/proc below a user namespace"]
+    assert not finding["works"]
+    assert "parts of /proc are masked here" in finding["why"]
+    assert re.search("unmask=ALL|systempaths=unconfined", finding["cure"])
+    assert found["/proc"]["works"]
+
+
+def test_a_refused_user_namespace_is_found() -> None:
+    """As with a limit of none; AppArmor refuses later, at the netlink call."""
+    limit = "unshare -U -r true && echo 0 >/proc/sys/user/max_user_namespaces"
+    script = f"mount -t proc proc /proc; {limit}"
+    status, found = examine(
+        "unshare", "-U", "-m", "-r", "-p", "-f", "sh", "-c", f'{script}; exec "$@"', "sh"
+    )
+    assert status in (0, 1)
+    assert not found["user namespaces"]["works"]
+    assert "max_user_namespaces" in found["user namespaces"]["cure"]
+
+
+def test_a_dropping_forward_chain_is_found() -> None:
+    chain = "{ type filter hook forward priority 0; policy drop; }"
+    rules = f"add table ip t; add chain ip t FORWARD {chain}"
+    _, found = examine("unshare", "-n", "sh", "-c", f'nft "{rules}"; exec "$@"', "sh")
+    assert not found["forwarding"]["works"]
+    assert "t/FORWARD drops what is forwarded" in found["forwarding"]["why"]
+
+
+def test_the_table_is_for_people_and_has_no_color_in_a_pipe() -> None:
+    done = subprocess.run(DOCTOR, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\033" not in done.stdout
+    assert done.stdout.startswith("runs as")
+    assert done.stdout.endswith("default tests can run\n")
+
+
+@pytest.mark.parametrize(
+    ("release", "command"),
+    [
+        ("ID=ubuntu\nID_LIKE=debian", "apt-get install -y uidmap"),
+        ('ID="rocky"\nID_LIKE="rhel fedora"', "dnf install -y shadow-utils"),
+        ("ID=alpine", "apk add shadow-uidmap"),
+        ("ID=arch", "pacman -S --noconfirm shadow"),
+        ('ID=tumbleweed\nID_LIKE="opensuse suse"', "zypper install -y shadow"),
+        ("ID=unheard-of", "install uidmap with this system's package manager"),
+    ],
+)
+def test_a_cure_is_for_this_distribution(release: str, command: str) -> None:
+    assert host.install("uidmap", host.distribution(release)).removeprefix("sudo ") == command
