@@ -115,10 +115,26 @@ def reply_of(answer: socket.socket) -> tuple[Message, list[int]]:
     if received is None:
         raise errors.ContainerDied("the other side has ended")
     message, fds = received
-    if "error" in message:
+    try:
+        raise_error(message)
+    except BaseException:
         close_all(fds)
-        raise load_error(message["error"])
+        raise
     return message, fds
+
+
+def raise_error(message: Message) -> None:
+    """Raise what an answer says has gone wrong, if it does: an NsboxError or an OSError."""
+    if "oserror" in message:
+        number, text, filename = message["oserror"]
+        raise OSError(number, text, filename)
+    if "error" in message:
+        raise load_error(message["error"])
+
+
+def dump_oserror(error: OSError) -> Message:
+    """The answer that makes the other side raise the same OSError."""
+    return {"oserror": [error.errno, error.strerror or str(error), error.filename]}
 
 
 def dump_error(error: BaseException) -> Message:

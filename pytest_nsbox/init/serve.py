@@ -56,10 +56,7 @@ class Server:
             if operation(self, message, fds, answer):
                 answer = -1
         except OSError as error:
-            _answer(
-                answer,
-                {"oserror": [error.errno, error.strerror or str(error), error.filename]},
-            )
+            _answer(answer, wire.dump_oserror(error))
         except (LookupError, TypeError, ValueError) as error:
             _answer(answer, {"error": wire.dump_error(error)})
         finally:
@@ -244,7 +241,7 @@ def _reaper(message: Message, fds: list[int], answer: int) -> int:
     try:
         main = _spawn(message, stdin, stdout, stderr, others)
     except OSError as error:
-        _answer(answer, {"oserror": [error.errno, error.strerror, error.filename]})
+        _answer(answer, wire.dump_oserror(error))
         return 127
     wire.close_all(fds)
     _answer(answer, {"pid": main, "reaper": os.getpid()})

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from pytest_nsbox import wire
 from pytest_nsbox.init.confine import confinement
 from pytest_nsbox.init.serve import serve
-from pytest_nsbox.init.tree import file_tree, prepare_tree
+from pytest_nsbox.init.tree import file_tree, places, prepare_tree
 from pytest_nsbox.kernel import libc, mounts
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink, Request
@@ -99,7 +99,10 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
     libc.unshare(libc.CLONE_NEWCGROUP)
     libc.sethostname(order.hostname)
     steps = file_tree(order, plan.layer, plan.resolv_conf, plan.hosts, plan.cgroups)
-    mounts.run(steps)
+    mounts.run(steps[:-1])
+    # the one way to what the container writes, for the launcher: from inside there is none
+    scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mounts.run(steps[-1:])
     wired = wire.receive(launcher)
     if wired is None:
         raise OSError(104, "the launcher has ended")
@@ -111,4 +114,6 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
         confinement(frozenset(order.capabilities)).apply()
     # again, since a change of credentials clears it; the zygote is the parent by now
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    wire.send(launcher, {"op": "ready"})
+    rows = [place.to_wire() for place in places(steps, plan.layer)]
+    wire.send(launcher, {"op": "ready", "places": rows}, [scratch])
+    os.close(scratch)

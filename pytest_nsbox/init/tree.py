@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pytest_nsbox.kernel.libc import (
     MS_BIND,
@@ -34,6 +35,7 @@ from pytest_nsbox.kernel.mounts import (
     WriteFile,
 )
 from pytest_nsbox.model.order import MountOrder, Order
+from pytest_nsbox.model.place import Place
 
 SCRATCH = "/tmp"  # covered, in the container's mount namespace only, by the tmpfs we work on
 OLD, NEW, LAYER, RUN, EMPTY = "/oldroot", "/newroot", "/layer", "/run", "/empty"
@@ -103,6 +105,30 @@ def file_tree(
     return steps
 
 
+def places(steps: Iterable[Step], layer: str | None) -> Iterator[Place]:
+    """Where the container can write, and what keeps it."""
+    disk = OLD + layer + "/" if layer else None
+    own = (disk or LAYER + "/", LAYER + "/", RUN)
+
+    def place(target: str, upper: str, **more: Any) -> Place:
+        on_disk = disk is not None and upper.startswith(disk)
+        upper = upper.removeprefix(OLD) if on_disk else upper
+        return Place(target=target.removeprefix(NEW) or "/", upper=upper, on_disk=on_disk, **more)
+
+    for step in steps:
+        if isinstance(step, Overlay):
+            lower = tuple(path.removeprefix(OLD) or "/" for path in step.lower)
+            yield place(step.target, step.upper, lower=lower, user=step.user)
+        elif isinstance(step, SubOverlay):
+            lower = (step.lower.removeprefix(OLD),)
+            yield place(step.target, step.scratch + "/upper", lower=lower, user=step.user)
+        elif isinstance(step, BindMount) and step.source.startswith(own):
+            if step.target == NEW:
+                yield place(NEW, step.source, lower=("/",), kind="made")
+            else:
+                yield place(step.target, step.source, kind="plain")
+
+
 def _scratch(order: Order) -> Iterator[Step]:
     yield Mount("none", "/", None, MS_REC | MS_PRIVATE)
     size = f",size={order.disk}" if order.disk else ""
@@ -133,10 +159,14 @@ class OwnFiles:
     hosts: str
     resolv_conf: str
 
+    def texts(self) -> dict[str, str]:
+        """Path in the container: what is in it."""
+        texts = (self.hostname + "\n", self.hosts, self.resolv_conf)
+        return dict(zip(OWN_FILES, texts, strict=True))
+
     def steps(self, etc: str) -> Iterator[Step]:
-        yield WriteFile(f"{etc}/hostname", self.hostname + "\n")
-        yield WriteFile(f"{etc}/hosts", self.hosts)
-        yield WriteFile(f"{etc}/resolv.conf", self.resolv_conf)
+        for path, text in self.texts().items():
+            yield WriteFile(etc + path.removeprefix("/etc"), text)
 
 
 def _one_overlay(order: Order, where: str, own_files: OwnFiles) -> Iterator[Step]:

@@ -35,6 +35,8 @@ MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MS_RELATIME = 1 << 21
 MNT_DETACH = 2
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 
 # sys/prctl.h
 PR_SET_PDEATHSIG = 1
@@ -57,6 +59,8 @@ _FLAG_NAMES = {
 
 _CAPABILITY_VERSION_3 = 0x20080522
 _SYS_CAPSET = {"x86_64": 126, "aarch64": 91, "riscv64": 91, "ppc64le": 184, "s390x": 185}
+_SYS_OPEN_TREE = 428  # on every architecture
+_AT_FDCWD = -100
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 
 # PyDLL would hold the interpreter lock; these calls may block, so the plain loader is right.
@@ -150,6 +154,17 @@ def pivot_root(new_root: str, put_old: str) -> None:
         ctypes.c_char_p(os.fsencode(put_old)),
     )
     _check(result, f"pivot_root {new_root} {put_old}")
+
+
+def open_tree(path: str, flags: int) -> int:
+    """open_tree(2): with OPEN_TREE_CLONE, a mount without those below it, attached nowhere."""
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_uint(flags),
+    )
+    return _check(result, f"open_tree {path}")
 
 
 def sethostname(name: str) -> None:

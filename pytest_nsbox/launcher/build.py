@@ -17,6 +17,7 @@ from pathlib import Path
 from pytest_nsbox import wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan
+from pytest_nsbox.init.tree import OwnFiles
 from pytest_nsbox.kernel import cgroup, link
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.mounts import mount_points
@@ -28,6 +29,7 @@ from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.zygote import Zygote
 from pytest_nsbox.model.limits import Stats
 from pytest_nsbox.model.order import Order
+from pytest_nsbox.model.place import Place
 
 _PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
 _FIRST_INTERFACE = 2  # lo is 1 in every network namespace
@@ -48,6 +50,9 @@ class Container:
     alive: bool = False
     reason: str = ""  # why it died, where that is known
     last: Stats | None = None  # taken before it was killed
+    places: list[Place] = field(default_factory=list)  # where it can write
+    scratch: int = -1  # the root of the filesystem in memory that keeps what it writes
+    own_files: dict[str, str] = field(default_factory=dict)  # path: text
 
     def kill(self, reason: str) -> None:
         """SIGKILL to PID 1; the kernel takes every other process of the namespace with it."""
@@ -124,9 +129,12 @@ def build(
             hosts=names.hosts(known_names(container), order.hosts),
             cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
+        container.own_files = OwnFiles(order.hostname, plan.hosts, plan.resolv_conf).texts()
         session = _fork(container, plan, workshop.zygote)
         _wire(container)
-        _await(container, "ready")
+        ready, (container.scratch,) = _await(container, "ready")
+        container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
+        container.places = [Place.from_wire(row) for row in ready["places"]]
         for interface in container.interfaces:
             interface.bridge.hub.netlink.settle(interface.port)
     except OSError as error:
@@ -258,7 +266,7 @@ def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> socket.socket
 def _wire(container: Container) -> None:
     """Put the interfaces into the container's network namespace, while init mounts."""
     if container.order.own_network:
-        fds = _await(container, "netns")
+        _, fds = _await(container, "netns")
         try:
             for number, interface in enumerate(container.interfaces):
                 hub = interface.bridge.hub
@@ -270,7 +278,7 @@ def _wire(container: Container) -> None:
     wire.send(container.init, {"op": "wired", "network": inside})
 
 
-def _await(container: Container, what: str) -> list[int]:
+def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
     """The next word from init. Raises what it failed with."""
     assert container.init is not None
     try:
@@ -286,7 +294,7 @@ def _await(container: Container, what: str) -> list[int]:
         raise SetupError(f"container {container.order.name!r}: {message['error']['text']}")
     if message.get("op") != what:
         raise OSError(71, f"init says {message!r} instead of {what!r}")
-    return fds
+    return message, fds
 
 
 def _how_init_ended(container: Container) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 
+HOSTS = "/etc/hosts"
 _SYSTEMD_UPSTREAM = "/run/systemd/resolve/resolv.conf"
 
 

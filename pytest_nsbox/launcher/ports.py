@@ -14,6 +14,7 @@ import socket
 from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.launcher.build import Container
+from pytest_nsbox.launcher.worker import stop
 from pytest_nsbox.launcher.zygote import close_all_but
 
 _CHUNK = 1 << 18
@@ -36,15 +37,8 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
             os._exit(1)
     os.close(inside)
     pidfd = os.pidfd_open(pid)
-    container.undo.push(f"stop forwarding to port {port}", lambda: _stop(pidfd, pid))
+    container.undo.push(f"stop forwarding to port {port}", lambda: stop(pid, pidfd))
     return pid
-
-
-def _stop(pidfd: int, pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(pidfd)
 
 
 class _Forwarder:

@@ -19,11 +19,13 @@ from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, Unsupport
 from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.build import Container, Workshop, build, known_names
+from pytest_nsbox.launcher.changes import read_changes
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.ports import forward_port
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.uplink import Host, Uplink
+from pytest_nsbox.launcher.worker import Work, stop
 from pytest_nsbox.launcher.zygote import Zygote
 from pytest_nsbox.model.addressing import Subnet
 from pytest_nsbox.model.limits import Limits
@@ -31,6 +33,7 @@ from pytest_nsbox.model.order import Order
 from pytest_nsbox.wire import Message
 
 Reply = tuple[Message, list[int]]
+Answer = Reply | Work  # a child's work answers for itself
 
 
 class Launcher:
@@ -49,6 +52,7 @@ class Launcher:
         self.parent = os.pidfd_open(parent)
         self.selector.register(self.parent, selectors.EVENT_READ, self._end)
         self.ending = False
+        self.workers: dict[int, int] = {}  # pid: pidfd
         self._hubs: dict[bool, Hub] = {}
         self._defaults: dict[bool, Bridge] = {}
         self._uplink: Uplink | None = None
@@ -101,6 +105,8 @@ class Launcher:
     def close(self) -> None:
         """Take everything down. Raises the first error, the others in its notes."""
         errors = []
+        for worker in list(self.workers.items()):
+            stop(*worker)
         for container in list(self.containers.values()):
             container.kill("stopped")
         for id in list(self.containers):
@@ -133,7 +139,11 @@ class Launcher:
             reply: Message = {}
             out: list[int] = []
             try:
-                reply, out = OPERATIONS[message["op"]](self, message, fds)
+                found = OPERATIONS[message["op"]](self, message, fds)
+                if isinstance(found, Work):
+                    self._start(found, answer)
+                    return
+                reply, out = found
             except NsboxError as error:
                 reply = {"error": wire.dump_error(error)}
             except Exception as error:
@@ -143,6 +153,19 @@ class Launcher:
             with contextlib.suppress(OSError):
                 wire.send(answer, reply, out)
             wire.close_all(out)
+
+    def _start(self, work: Work, answer: socket.socket) -> None:
+        pid, pidfd = work.start(answer)
+        self.workers[pid] = pidfd
+
+        def ended() -> None:
+            self.selector.unregister(pidfd)
+            del self.workers[pid]
+            stop(pid, pidfd)
+            if work.done is not None:
+                work.done()
+
+        self.selector.register(pidfd, selectors.EVENT_READ, ended)
 
     def _expire(self) -> None:
         while self.timers and self.timers[0][0] <= time.monotonic():
@@ -232,10 +255,16 @@ class Launcher:
             if other is container or not other.alive or other.init is None:
                 continue
             if shared & {interface.bridge.id for interface in other.interfaces}:
-                text = names.hosts(known_names(other), other.order.hosts)
-                mine, theirs = wire.pair()
-                with mine, theirs, contextlib.suppress(OSError):
-                    wire.send(other.init, {"op": "hosts", "text": text}, [theirs.fileno()])
+                self._write_hosts(other)
+
+    @staticmethod
+    def _write_hosts(container: Container) -> None:
+        assert container.init is not None
+        text = names.hosts(known_names(container), container.order.hosts)
+        container.own_files[names.HOSTS] = text
+        mine, theirs = wire.pair()
+        with mine, theirs, contextlib.suppress(OSError):
+            wire.send(container.init, {"op": "hosts", "text": text}, [theirs.fileno()])
 
     def destroy(self, message: Message, fds: list[int]) -> Reply:
         """Kill a container and remove all that was its."""
@@ -265,6 +294,14 @@ class Launcher:
         if container is None:
             raise ContainerDied("the container has been taken down")
         return container
+
+    def changes(self, message: Message, fds: list[int]) -> Work:
+        """What a container, alive or dead, has changed against its root filesystem."""
+        container = self._get(message)
+        files, scratch = container.own_files, container.scratch
+        return Work(
+            lambda: read_changes(container.places, scratch, container.order, files), [scratch]
+        )
 
     def update(self, message: Message, fds: list[int]) -> Reply:
         """Change the limits of a running container."""
@@ -352,9 +389,10 @@ class Launcher:
         return {"cgroups": driver.describe() if driver else self.workshop.no_cgroups}, []
 
 
-OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Reply]] = {
+OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
     name: getattr(Launcher, name)
     for name in (
+        "changes",
         "create",
         "describe",
         "destroy",

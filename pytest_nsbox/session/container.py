@@ -22,7 +22,7 @@ from pytest_nsbox.errors import (
 )
 from pytest_nsbox.model.limits import Limits, Stats
 from pytest_nsbox.model.order import Order
-from pytest_nsbox.model.results import Result
+from pytest_nsbox.model.results import Change, Result
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.model.units import format_size
@@ -203,12 +203,9 @@ class Container:
             with theirs:
                 self.ask_init(message, [theirs.fileno()])
             try:
-                answer, fds = wire.reply_of(mine)
+                _, fds = wire.reply_of(mine)
             except ContainerDied:
                 raise self.why_dead() from None
-        if "oserror" in answer:
-            number, text, filename = answer["oserror"]
-            raise OSError(number, text, filename)
         return fds
 
     # ------------------------------------------------------------------ commands
@@ -482,6 +479,25 @@ class Container:
     def write_text(self, path: str | os.PathLike[str], text: str, encoding: str = "utf-8") -> None:
         """Write a text file inside, its old content replaced. Raises OSError as inside."""
         self.write_bytes(path, text.encode(encoding))
+
+    def changes(self) -> list[Change]:
+        """What has been written, against the root filesystem that it was made from.
+
+        Like `docker diff`, sorted by path, also after everything in it has ended or was killed.
+        A directory is `changed` when its own mode, owner or attributes are, not for what is in
+        it; a deleted one is one entry; a file that was opened to be written and was not is none.
+        /tmp and /run are a container's own and start empty. What is below /dev, /proc and /sys,
+        on `mounts` or on the host is not listed, nor what nsbox has put there itself.
+
+        Raises ContainerDied when it has been taken down.
+        """
+        found = []
+        try:
+            for message in self.session.replies("changes", id=self.id):
+                found += [Change(path, kind) for path, kind in message["rows"]]
+        except ContainerDied as error:
+            raise (self.death() or error) from None
+        return sorted(found, key=lambda change: change.path)
 
 
 def _connected(

@@ -103,11 +103,7 @@ class Process(subprocess.Popen[Any]):
         message = self._receive(None)
         if message is None:
             raise self.container.why_dead()
-        if "oserror" in message:
-            number, text, filename = message["oserror"]
-            raise OSError(number, text, filename)
-        if "error" in message:
-            raise wire.load_error(message["error"])
+        wire.raise_error(message)
         self.reaper = message.get("reaper")
         return int(message["pid"])
 

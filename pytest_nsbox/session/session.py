@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,17 @@ class Session:
             if words and operation not in ("destroy",):
                 raise ContainerDied(f"the launcher has ended:\n{words}") from None
             raise
+
+    def replies(self, operation: str, **fields: Any) -> Iterator[wire.Message]:
+        """Ask the launcher for what comes in several messages."""
+        self.start()
+        assert self._lifeline is not None
+        with wire.ask(self._lifeline, {"op": operation, **fields}) as answer:
+            more = True
+            while more:
+                message, _ = wire.reply_of(answer)
+                more = bool(message.get("more"))
+                yield message
 
     # ------------------------------------------------------------------ things
 
