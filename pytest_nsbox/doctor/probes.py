@@ -308,7 +308,7 @@ def control_groups() -> Iterator[Outcome]:
         yield from [Outcome(False, str(error))] * len(CONTROLLERS)
         return
     try:
-        for name, probe in CONTROLLERS.items():
+        for probe in CONTROLLERS.values():
 
             def run(probe: Callable[[cgroup.Driver], str | None] = probe) -> str | None:
                 try:

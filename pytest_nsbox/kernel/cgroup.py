@@ -63,6 +63,9 @@ class Cgroup(Protocol):
     def kill(self) -> None:
         """SIGKILL to every process, frozen or not. Does not wait for their end."""
 
+    def members(self) -> set[int]:
+        """The processes in it, as this PID namespace counts."""
+
     def remove(self) -> None:
         """Remove every directory; waits for who is about to end. Again is fine."""
 

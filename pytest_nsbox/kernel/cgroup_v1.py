@@ -286,6 +286,9 @@ class CgroupV1:
             files.kill_tree(path)
         self.thaw()  # a frozen process does not die
 
+    def members(self) -> set[int]:
+        return files.pids(self._paths[0]) if self._paths else set()
+
     def remove(self) -> None:
         if self._oom_event >= 0:
             os.close(self._oom_event)

@@ -290,6 +290,9 @@ class CgroupV2:
     def kill(self) -> None:
         files.kill_tree(self.path)
 
+    def members(self) -> set[int]:
+        return files.pids(self.path)
+
     def remove(self) -> None:
         if self._oom_events >= 0:
             os.close(self._oom_events)

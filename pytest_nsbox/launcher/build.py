@@ -10,18 +10,20 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.errors import ContainerDied, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan
 from pytest_nsbox.init.tree import OwnFiles
 from pytest_nsbox.kernel import cgroup, link
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.mounts import mount_points
 from pytest_nsbox.kernel.netlink import Request
+from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
@@ -31,6 +33,7 @@ from pytest_nsbox.model.limits import Stats
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.place import Place
 
+UNTIL_DEAD = 5.0  # seconds that a killed container has to end in
 _PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
 _FIRST_INTERFACE = 2  # lo is 1 in every network namespace
 
@@ -53,6 +56,7 @@ class Container:
     places: list[Place] = field(default_factory=list)  # where it can write
     scratch: int = -1  # the root of the filesystem in memory that keeps what it writes
     own_files: dict[str, str] = field(default_factory=dict)  # path: text
+    until: float = 0.0  # when, on the monotonic clock, its death is waited for no longer
 
     def kill(self, reason: str) -> None:
         """SIGKILL to PID 1; the kernel takes every other process of the namespace with it."""
@@ -63,6 +67,9 @@ class Container:
                     self.last = self.cgroup.stats()
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            if self.cgroup is not None:  # on version 1 a frozen process does not die
+                with contextlib.suppress(OSError):
+                    self.cgroup.thaw()
 
     def reap(self) -> None:
         """Wait until PID 1, and so every process of the container, is gone."""
@@ -70,8 +77,10 @@ class Container:
             return
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        if not poll.poll(_PATIENCE * 1000):
-            raise OSError(16, f"process {self.pid} does not die; it hangs in the kernel")
+        left = self.until - time.monotonic() if self.until else UNTIL_DEAD
+        if not poll.poll(max(left, 0) * 1000):
+            members = () if self.cgroup is None else self.cgroup.members()
+            raise OSError(16, f"killed, but does not end: {describe(members or {self.pid})}")
         if self.cgroup is not None and self.last is None:
             with contextlib.suppress(OSError):
                 self.last = self.cgroup.stats()
@@ -138,10 +147,11 @@ def build(
         for interface in container.interfaces:
             interface.bridge.hub.netlink.settle(interface.port)
     except OSError as error:
-        container.undo.run()
-        raise SetupError(f"container {order.name!r}: {error.strerror or error}") from error
-    except NsboxError:
-        container.undo.run()
+        failed = SetupError(f"container {order.name!r}: {error.strerror or error}")
+        container.undo.run_after(failed)
+        raise failed from error
+    except BaseException as error:
+        container.undo.run_after(error)
         raise
     return container, session
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -37,13 +37,17 @@ class Janitor:
 
     def remove(self, layer: str, ledger_file: Path) -> None:
         """Remove a layer, then strike it from the ledger."""
-        os.write(self._pipe, f"{layer}\0{ledger_file}\n".encode())
+        try:
+            os.write(self._pipe, f"{layer}\0{ledger_file}\n".encode())
+        except BrokenPipeError:  # somebody has killed it
+            ledger.remove_layer(layer)
+            ledger.strike(ledger_file, ledger.LAYER, layer)
 
     def close(self) -> None:
         """Wait until all is removed. Raises TeardownError when something could not be."""
         os.close(self._pipe)
         _, status = os.waitpid(self._pid, 0)
-        if status:
+        if status and os.WIFEXITED(status):  # killed, it has left its work to who reads the ledger
             raise TeardownError("a writable layer could not be removed")
 
 
@@ -58,8 +62,9 @@ def _work(pipe: int) -> int:
         for line in lines:
             layer, _, ledger_file = line.rstrip("\n").partition("\0")
             try:
-                shutil.rmtree(layer)
-                ledger.strike(Path(ledger_file), ledger.LAYER, layer)
+                ledger.remove_layer(layer)
+                with contextlib.suppress(OSError):  # a row too many does no harm
+                    ledger.strike(Path(ledger_file), ledger.LAYER, layer)
             except OSError as error:
                 print(f"rm -r {layer}: {error}", file=sys.stderr, flush=True)
                 status = 1

@@ -9,6 +9,7 @@ removed, never what merely looks like ours.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -72,16 +73,25 @@ class Ledger:
                     os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
                     0o600,
                 )
-                break
             except FileNotFoundError:  # another owner, the last one, has just removed it
                 continue
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if os.fstat(self._fd).st_nlink:
+                break
+            os.close(
+                self._fd
+            )  # one who sweeps had the lock first, and has taken it for a dead one's
         self.path = directory / self.name
         owner = {"pid": pid, "start": start_time(pid), "boot": boot_id()}
         self._write({"owner": owner})
 
     def _write(self, row: dict[str, Any]) -> None:
-        os.write(self._fd, json.dumps(row).encode() + b"\n")
+        """One row, or an error and no part of it: the next one must not be written onto half."""
+        line = json.dumps(row).encode() + b"\n"
+        before = os.fstat(self._fd).st_size
+        if os.write(self._fd, line) < len(line):
+            os.ftruncate(self._fd, before)
+            raise OSError(errno.ENOSPC, f"write to {self.path}: {os.strerror(errno.ENOSPC)}")
 
     def record(self, kind: str, value: Any) -> None:
         """Before it is made."""
@@ -107,8 +117,24 @@ class Ledger:
             for row in _put_back(_Rows(self.directory / self.name), self.directory):
                 self.strike(SYSCTL, row)
 
+    def remove_layers(self) -> None:
+        """Those that a janitor was to remove and has not."""
+        for kind, value in _Rows(self.path).left:
+            if kind == LAYER:
+                remove_layer(value)
+                self.strike(kind, value)
+
     def close(self) -> None:
-        """All is undone: nothing to remember."""
+        """Nothing to remember, unless something is there all the same: that is said, and stays
+        written down for who sweeps next."""
+        left = [
+            f"{kind} {value}"
+            for kind, value in _Rows(self.path).left
+            if kind != SYSCTL and os.path.lexists(value)
+        ]
+        if left:
+            os.close(self._fd)
+            raise OSError(errno.EBUSY, f"left behind: {', '.join(left)}")
         with contextlib.suppress(OSError):
             os.unlink(self.directory / self.name)
         os.close(self._fd)
@@ -122,6 +148,31 @@ def strike(path: Path, kind: str, value: Any) -> None:
         os.write(fd, json.dumps({"gone": kind, "value": value}).encode() + b"\n")
     finally:
         os.close(fd)
+
+
+def remove_layer(path: str) -> None:
+    """Remove a writable layer; missing is fine. Raises OSError."""
+    if not os.path.lexists(path):
+        return
+    try:
+        shutil.rmtree(path)
+    except (OSError, RecursionError):  # too deep for a descriptor, or a frame, for each level
+        _flatten(path)
+
+
+def _flatten(path: str) -> None:
+    """Remove a tree of any depth: what is two levels down is moved one up, until none is."""
+    number = 0
+    while entries := list(os.scandir(path)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            for child in list(os.scandir(entry.path)):
+                number += 1
+                os.rename(child.path, f"{path}/.{number}.removed")
+            os.rmdir(entry.path)
+    os.rmdir(path)
 
 
 class _Rows:
@@ -211,8 +262,9 @@ def sweep(directory: Path) -> list[str]:
             rows = _Rows(path)
             if os.fstat(fd).st_nlink and rows.owner_is_dead():
                 removed += _undo(rows, directory)
-                # a parameter of another network namespace waits for a session there
-                if not any(kind == SYSCTL for kind, _ in rows.left):
+                # what cannot be removed now waits for the next one to try, and a parameter of
+                # another network namespace for a session there
+                if not rows.left:
                     path.unlink(missing_ok=True)
         except BlockingIOError:
             continue  # its owner lives
@@ -226,16 +278,24 @@ def _undo(rows: _Rows, directory: Path) -> list[str]:
     undone: list[tuple[str, Any]] = []
     with _locked(directory):
         undone += [(SYSCTL, row) for row in _put_back(rows, directory)]
+    gone: list[tuple[str, Any]] = []
     for kind, value in reversed(rows.left):
-        if kind == CGROUP:
-            cgroup.remove_tree(value)
-        elif kind == LAYER:
-            shutil.rmtree(value, ignore_errors=True)
-        else:
+        if kind not in (CGROUP, LAYER):
+            if kind != SYSCTL or not _is_sysctl(value):
+                gone.append((kind, value))  # a row that means nothing
             continue
-        undone.append((kind, value))
-    rows.left = [row for row in rows.left if row not in undone]
+        there = os.path.lexists(value)
+        try:
+            cgroup.remove_tree(value) if kind == CGROUP else remove_layer(value)
+        except OSError:
+            continue
+        (undone if there else gone).append((kind, value))
+    rows.left = [row for row in rows.left if row not in undone and row not in gone]
     return [f"{kind} {value}" for kind, value in undone]
+
+
+def _is_sysctl(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3
 
 
 def tidy(directory: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import selectors
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from pytest_nsbox import rootfs, wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names
-from pytest_nsbox.launcher.build import Container, Workshop, build, known_names
+from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
 from pytest_nsbox.launcher.changes import read_changes
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
@@ -63,6 +64,7 @@ class Launcher:
         ledger.sweep(state)
         self.ledger = ledger.Ledger(state)
         self.undo.push("close the ledger", self.ledger.close)
+        self.undo.push("remove layers that the janitor has not", self.ledger.remove_layers)
         self.undo.push("wait for the janitor", janitor.close)
         self.undo.push("end the zygote", zygote.close)
         self.layer_cache = rootfs.LayerCache(cache)
@@ -107,8 +109,10 @@ class Launcher:
         errors = []
         for worker in list(self.workers.items()):
             stop(*worker)
+        until = time.monotonic() + UNTIL_DEAD
         for container in list(self.containers.values()):
             container.kill("stopped")
+            container.until = until  # together, not one after the other
         for id in list(self.containers):
             try:
                 self._destroy(id)
@@ -150,9 +154,14 @@ class Launcher:
                 reply = {"error": wire.dump_error(SetupError(f"{message['op']}: {error!r}"))}
             finally:
                 wire.close_all(fds)
-            with contextlib.suppress(OSError):
+            try:
                 wire.send(answer, reply, out)
-            wire.close_all(out)
+            except OSError:
+                # who asked was interrupted; nobody would ever take down what it does not know of
+                if message.get("op") == "create" and "id" in reply:
+                    self.destroy(reply, [])
+            finally:
+                wire.close_all(out)
 
     def _start(self, work: Work, answer: socket.socket) -> None:
         pid, pidfd = work.start(answer)
@@ -186,18 +195,30 @@ class Launcher:
             self.workshop,
         )
         self.containers[container.id] = container
+        try:
+            self._attend(container, order)
+            pidfd = os.dup(container.pidfd)
+        except BaseException as error:
+            line.close()
+            container.kill("stopped")
+            self._forget(container)
+            container.undo.run_after(error)
+            raise
+        reply: Message = {
+            "id": container.id,
+            "pid": container.pid,
+            "addresses": [[i.ip, i.ip6, i.bridge.id] for i in container.interfaces],
+        }
+        return reply, [line.detach(), pidfd]
+
+    def _attend(self, container: Container, order: Order) -> None:
+        """Notice its end, its time and its want of memory; make it known to its neighbours."""
         self.selector.register(container.pidfd, selectors.EVENT_READ, lambda: self._died(container))
         if container.cgroup is not None and order.limits.memory is not None:
             self._watch_memory(container)
         if order.timeout is not None:
             heapq.heappush(self.timers, (time.monotonic() + order.timeout, container.id))
         self._tell_neighbours(container)
-        reply: Message = {
-            "id": container.id,
-            "pid": container.pid,
-            "addresses": [[i.ip, i.ip6, i.bridge.id] for i in container.interfaces],
-        }
-        return reply, [line.detach(), os.dup(container.pidfd)]
 
     def _bridges_of(self, order: Order) -> list[Bridge]:
         if order.networks:
@@ -264,6 +285,8 @@ class Launcher:
         container.own_files[names.HOSTS] = text
         mine, theirs = wire.pair()
         with mine, theirs, contextlib.suppress(OSError):
+            # one that is paused does not read: nobody else is to wait for it
+            container.init.setblocking(False)
             wire.send(container.init, {"op": "hosts", "text": text}, [theirs.fileno()])
 
     def destroy(self, message: Message, fds: list[int]) -> Reply:
@@ -276,10 +299,14 @@ class Launcher:
         return container.state(), []
 
     def _destroy(self, id: int) -> None:
-        container = self.containers.pop(id)
+        container = self.containers[id]
+        self._forget(container)
+        container.undo.run()
+
+    def _forget(self, container: Container) -> None:
+        del self.containers[container.id]
         with contextlib.suppress(KeyError):
             self.selector.unregister(container.pidfd)
-        container.undo.run()
 
     def state(self, message: Message, fds: list[int]) -> Reply:
         """Whether a container lives, why not, and what it has used."""
@@ -425,7 +452,11 @@ def main(
     try:
         launcher.run()
     finally:
-        launcher.close()
+        try:
+            launcher.close()
+        except NsboxError as error:
+            print(error, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr, flush=True)
+            return 1
     return 0
 
 

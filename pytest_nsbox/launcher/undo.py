@@ -31,3 +31,12 @@ class Undo:
             for later in errors[1:]:
                 raised.add_note(f"then {later}")
             raise raised
+
+    def run_after(self, first: BaseException) -> None:
+        """The same when something has failed already: that stays the error, and what cannot be
+        undone is in its notes."""
+        try:
+            self.run()
+        except TeardownError as error:
+            for line in [str(error), *getattr(error, "__notes__", ())]:
+                first.add_note(f"while undoing: {line}")

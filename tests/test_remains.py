@@ -1,0 +1,178 @@
+"""What would stay if a step of building, taking down or sweeping went wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nsbox import Session, wire
+from pytest_nsbox.launcher import ledger
+from tests.audit import Snapshot
+
+
+def dead_owner() -> dict[str, Any]:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    return {"pid": dead.pid, "start": 1, "boot": ledger.boot_id()}
+
+
+def write_ledger(directory: Path, *rows: tuple[str, Any]) -> Path:
+    directory.mkdir(exist_ok=True)
+    lines: list[Any] = [{"owner": dead_owner()}]
+    lines += [{"made": kind, "value": value} for kind, value in rows]
+    path = directory / "boot-1-1"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_what_cannot_be_swept_does_not_keep_the_rest_and_is_tried_again(tmp_path: Path) -> None:
+    no_cgroup, layer = tmp_path / "no-cgroup", tmp_path / "layer"
+    no_cgroup.mkdir()
+    layer.mkdir()
+    rows = tmp_path / "rows"
+    path = write_ledger(rows, (ledger.LAYER, str(layer)), (ledger.CGROUP, str(no_cgroup)))
+    assert ledger.sweep(rows) == [f"layer {layer}"]
+    assert path.exists()
+    no_cgroup.rmdir()
+    assert ledger.sweep(rows) == []
+    assert not rows.exists()
+
+
+def test_a_ledger_whose_owner_lives_is_not_swept(tmp_path: Path) -> None:
+    layer = tmp_path / "layer"
+    layer.mkdir()
+    living = ledger.Ledger(tmp_path / "rows")
+    living.record(ledger.LAYER, str(layer))
+    assert ledger.sweep(tmp_path / "rows") == []
+    assert layer.exists()
+    with pytest.raises(OSError, match="left behind: layer"):
+        living.close()
+    assert living.path.exists()
+
+
+def test_a_row_that_does_not_fit_is_an_error_and_leaves_the_others_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ledger.Ledger(tmp_path / "rows")
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    with pytest.raises(OSError, match="No space left on device"):
+        rows.record(ledger.LAYER, "/no/such/layer")
+    monkeypatch.undo()
+    rows.record(ledger.LAYER, str(tmp_path))
+    assert [json.loads(line).get("value") for line in rows.path.read_text().splitlines()] == [
+        None,
+        str(tmp_path),
+    ]
+
+
+def test_two_who_sweep_at_once_do_no_harm(tmp_path: Path) -> None:
+    layers = [tmp_path / f"layer{number}" for number in range(20)]
+    for layer in layers:
+        (layer / "upper").mkdir(parents=True)
+    write_ledger(tmp_path / "rows", *((ledger.LAYER, str(layer)) for layer in layers))
+    script = f"from pathlib import Path; from pytest_nsbox.launcher import ledger; \
+        ledger.sweep(Path({str(tmp_path / 'rows')!r}))"
+    command = [sys.executable, "-c", script]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    for each in both:
+        assert each.communicate()[1] == b""
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
+
+
+def test_a_layer_of_any_depth_is_removed(tmp_path: Path) -> None:
+    layer = tmp_path / "layer"
+    layer.mkdir()
+    here = os.open(".", os.O_RDONLY)
+    os.chdir(layer)
+    for _ in range(3000):
+        os.mkdir("d")
+        os.chdir("d")
+    os.fchdir(here)
+    os.close(here)
+    ledger.remove_layer(str(layer))
+    assert not layer.exists()
+
+
+def test_a_paused_container_is_taken_down_at_once(nothing_left: Snapshot) -> None:
+    with Session() as session, session.container() as container:
+        container.popen(["sleep", "1000"])
+        container.pause()
+        begin = time.monotonic()
+        container.close()
+        assert time.monotonic() < begin + 4
+
+
+def test_a_container_that_nobody_waits_for_any_more_is_taken_down(
+    nothing_left: Snapshot,
+) -> None:
+    """A test that is interrupted while its container is built never learns of it."""
+    with Session() as session:
+        with session.container() as first:
+            ip = first.ip
+            sent: list[wire.Message] = []
+            request = session.request
+            session.request = lambda op, fds=(), **fields: (  # type: ignore[method-assign]
+                sent.append({"op": op, **fields}) or request(op, fds, **fields)
+            )
+            session.container().close()
+        mine, theirs = wire.pair()
+        mine.close()
+        assert session._lifeline is not None
+        wire.send(session._lifeline, sent[0], [theirs.fileno()])
+        theirs.close()
+        with session.container() as next_one:
+            assert next_one.ip == ip
+
+
+def test_layers_are_removed_without_a_janitor(nothing_left: Snapshot) -> None:
+    with Session() as session:
+        session.describe()
+        launcher = session._launcher
+        assert launcher is not None
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        (janitor,) = (
+            int(pid) for pid in children if "janitor" in Path(f"/proc/{pid}/comm").read_text()
+        )
+        for number in range(2):
+            with session.container(memory="64M") as container:
+                container.write_text("/etc/x", "x")
+                if not number:
+                    os.kill(janitor, 9)
+
+
+def test_teardown_says_who_does_not_die_and_ends_within_its_time() -> None:
+    """A process in a frozen cgroup of version 1 stands for one that hangs in the kernel."""
+    freezer = Path("/sys/fs/cgroup/freezer")
+    if not freezer.is_dir():
+        pytest.xfail("version 2 alone kills what is frozen")
+    group = freezer / f"stuck-{os.getpid()}"
+    group.mkdir()
+    session = Session()
+    try:
+        container = session.container()
+        container.popen(["sleep", "1234"])
+        stuck = next(
+            pid
+            for pid in os.listdir("/proc")
+            if pid.isdigit() and b"sleep\x001234" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        (group / "cgroup.procs").write_text(stuck)
+        (group / "freezer.state").write_text("FROZEN")
+        begin = time.monotonic()
+        with pytest.raises(Exception, match=rf"killed, but does not end: .*{stuck} \(sleep\)"):
+            container.close()
+        assert time.monotonic() < begin + 20
+        with session.container() as usable:
+            usable.run(["true"], check=True)
+    finally:
+        (group / "freezer.state").write_text("THAWED")
+        session.close()
+        group.rmdir()
