@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -49,7 +50,10 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
     """
     confined = ticket.confinement()
     with _children_in(ticket.pidfd) as own:
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # of threads, which do not come along: what the child does is the test's own business
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             os.close(own)
             _child(ticket, confined, body, cwd)

@@ -12,15 +12,17 @@ import pytest
 from pytest_nsbox.plugin.specs import runs_inside, uses_fixture
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """Take over for the tests that run inside."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Take over the phases of the tests that run inside."""
     if not runs_inside(item):
-        return None
-    from pytest_nsbox.plugin.inside import run_inside
+        return (yield)
+    from pytest_nsbox.plugin.inside import taken_over
 
-    run_inside(item, nextitem)
-    return True
+    with taken_over(item, nextitem):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

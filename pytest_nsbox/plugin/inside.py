@@ -1,5 +1,9 @@
-"""A test whose body runs inside: set up outside as far as its scope reaches beyond the test, then
-one fork that enters the container and does the rest."""
+"""A test whose body runs inside, as the pytest process sees it.
+
+What is shared with other tests is set up outside, by pytest's own part of the hooks. Then one fork
+enters the container and goes through the phases of the test there, one at a time, with all hooks
+of all plugins; the reports that it makes are logged here, once, by whoever runs the protocol.
+"""
 
 from __future__ import annotations
 
@@ -8,130 +12,329 @@ import faulthandler
 import os
 import pickle
 import signal
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from _pytest.faulthandler import fault_handler_stderr_fd_key
-from _pytest.runner import CallInfo, runtestprotocol
+from _pytest import runner, skipping
+from _pytest.runner import CallInfo, check_interactive_exception, get_reraise_exceptions
 
 from pytest_nsbox.errors import UnsupportedError
+from pytest_nsbox.plugin import luggage
+from pytest_nsbox.plugin.body import Body
 from pytest_nsbox.plugin.boxes import boxes_of
+from pytest_nsbox.plugin.passthrough import passthrough
 from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
 from pytest_nsbox.session.inside import PATIENCE, Inside
 
-
-def run_inside(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """The whole protocol of one item (`pytest_runtest_protocol`)."""
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    with _initialised(item):
-        held: list[pytest.TestReport] = []
-        setup = _phase(item, "setup", lambda: _set_up_outside(item))
-        if setup.excinfo is None:
-            setup = _phase(item, "setup", lambda: _run(item, held))
-        if setup.excinfo is not None:
-            _log(item, _report(item, setup))
-        _tear_down_outside(item, nextitem, held)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-
-
-def _phase(item: pytest.Item, when: Any, function: Any) -> CallInfo[Any]:
-    reraise = (pytest.exit.Exception, KeyboardInterrupt)
-    return CallInfo.from_call(function, when=when, reraise=reraise)
-
-
-def _report(item: pytest.Item, call: CallInfo[Any]) -> pytest.TestReport:
-    capture = _capture(item)
-    if capture is not None:
-        for name, text in zip(("stdout", "stderr"), capture.read_global_capture(), strict=True):
-            item.add_report_section(call.when, name, text)
-    report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-    return report
-
-
-def _log(item: pytest.Item, report: pytest.TestReport) -> None:
-    item.ihook.pytest_runtest_logreport(report=report)
-
-
-def _capture(item: pytest.Item) -> Any:
-    return item.config.pluginmanager.getplugin("capturemanager")
+# the plugins whose part in setting up and tearing down is done outside, too
+_PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin")
+_FAREWELL = 5.0  # seconds for an interrupted body to tear down its fixtures
 
 
 @contextlib.contextmanager
-def _captured(item: pytest.Item) -> Iterator[None]:
-    """Capture output, and leave it where the next reader, the child or `_report`, finds it."""
-    capture = _capture(item)
-    if capture is None:
-        yield
-        return
-    capture.resume_global_capture()
+def taken_over(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """For the time of one item's protocol, have its phases run inside.
+
+    There is no hook around a phase and its report: a plugin that repeats tests calls pytest's
+    `runtestprotocol` as often as it likes. So the function that does a phase is replaced.
+    """
+    visit = _Visit(item, nextitem, runner.call_and_report)
+    runner.call_and_report = visit.call_and_report
     try:
         yield
     finally:
-        capture.suspend_global_capture(in_=False)
+        runner.call_and_report = visit.original
+        visit.leave()
+    if not visit.happened:
+        text = f"{item.nodeid} has run outside: another plugin runs its phases in its own way"
+        item.config.issue_config_time_warning(pytest.PytestWarning(text), stacklevel=2)
 
 
-@contextlib.contextmanager
-def _initialised(item: Any) -> Iterator[None]:
-    """The request of a function, for the time of its run, as pytest's own runner has it."""
-    if hasattr(item, "_request") and not item._request:
-        item._initrequest()
-    yield
-    if hasattr(item, "_request"):
-        item._request = False
-        item.funcargs = None
+class _Visit:
+    """The runs of one item: more than one when a plugin repeats it."""
+
+    def __init__(
+        self, item: pytest.Item, nextitem: pytest.Item | None, original: Callable[..., Any]
+    ) -> None:
+        self.item: Any = item
+        self.nextitem = nextitem
+        self.original = original
+        self.happened = False
+        self._plain = False  # skipped by a mark: there is no body to be inside
+        self._inside: Inside | None = None
+        self._container: Container | None = None
+        self._faults = -1  # where the body's faulthandler writes
+        self._timer: tuple[float, float] = (0.0, 0.0)
+        self._began = 0.0
+        self._last: pytest.TestReport | None = None
+        self._stack = contextlib.ExitStack()
+
+    def call_and_report(
+        self, item: pytest.Item, when: Any, log: bool = True, **keywords: Any
+    ) -> pytest.TestReport:
+        """In place of `_pytest.runner.call_and_report`."""
+        self.happened = True
+        if item is self.item and when == "setup":
+            self._plain = skipping.evaluate_skip_marks(item) is not None
+        if item is not self.item or self._plain:
+            report: pytest.TestReport = self.original(item, when, log, **keywords)
+            return report
+        if when == "setup":
+            return self._set_up(log)
+        if when == "teardown":
+            return self._tear_down(log, keywords["nextitem"])
+        return self._phase(when, log)
+
+    # ------------------------------------------------------------------ phases
+
+    def _set_up(self, log: bool) -> pytest.TestReport:
+        outside = self._try(self._set_up_outside, "setup")
+        entered = outside if outside.excinfo else self._try(self._enter, "setup")
+        if entered.excinfo is not None:
+            self.leave()
+            return self._own_report(entered, log)
+
+        def with_outside(report: pytest.TestReport) -> None:
+            if report.when == "setup":
+                report.duration += outside.duration
+                report.start = outside.start
+
+        return self._phase("setup", log, with_outside)
+
+    def _set_up_outside(self) -> None:
+        """Collectors, and fixtures of a wider scope: their output is part of the test's set-up."""
+        item = self.item
+        if hasattr(item, "_request") and not item._request:
+            item._initrequest()
+        item.setup = lambda: _set_up_wider_fixtures(item)
+        try:
+            self._pytests_own("pytest_runtest_setup")(item=item)
+        finally:
+            del item.setup
+            # the child sets the item up in earnest, and tears it down
+            item.session._setupstate.stack.pop(item, None)
+
+    def _phase(
+        self, when: str, log: bool, adjust: Callable[[pytest.TestReport], None] | None = None
+    ) -> pytest.TestReport:
+        """Have the body go through a phase; the report that it makes, logged if asked for."""
+        started = time.time()
+        clock = time.perf_counter()
+        assert self._inside is not None
+        if when != "setup":
+            last = when == "teardown" and self.nextitem is None
+            self._inside.reply(pickle.dumps((when, log, last)))
+        logged: list[pytest.TestReport] = []
+        while True:
+            data = self._hear()
+            if data is None:
+                report = self._crashed(when, started, time.perf_counter() - clock)
+                if log:
+                    self.item.ihook.pytest_runtest_logreport(report=report)
+                return report
+            kind, value = pickle.loads(data)  # the child is the test itself
+            if kind == "log":
+                report, brought = value
+                luggage.unpack(self.item, brought)
+                if adjust is not None:
+                    adjust(report)
+                logged.append(report)
+                self.item.ihook.pytest_runtest_logreport(report=report)
+                self._inside.reply(b"")
+            elif kind == "done":
+                report, was_logged, brought = value
+                luggage.unpack(self.item, brought)
+                if was_logged:  # what was noted on it since, such as that pdb has shown it
+                    late = {k: v for k, v in vars(report).items() if k not in vars(logged[-1])}
+                    vars(logged[-1]).update(late)
+                    report = logged[-1]
+                elif adjust is not None:
+                    adjust(report)
+                self._last = report
+                return report
+            else:
+                brought, error, place = value
+                luggage.unpack(self.item, brought)
+                self._inside.reply(b"")
+                self.leave()
+                _raise_at(error, place)
+
+    def _tear_down(self, log: bool, nextitem: pytest.Item | None) -> pytest.TestReport:
+        if nextitem is None:
+            self.nextitem = None
+        report = None if self._inside is None else self._phase("teardown", log=False)
+
+        def outside() -> None:
+            try:
+                self.leave()
+            finally:
+                self._pytests_own("pytest_runtest_teardown")(item=self.item, nextitem=nextitem)
+
+        call = self._try(outside, "teardown")
+        if hasattr(self.item, "_request"):
+            self.item._request = False
+            self.item.funcargs = None
+        if report is None:
+            return self._own_report(call, log)
+        if call.excinfo is not None:
+            own = self._own_report(call, log=False)
+            if report.failed:
+                own.sections.append(("teardown of the body", str(report.longrepr)))
+            own.sections[:0] = [row for row in report.sections if row not in own.sections]
+            own.duration += report.duration
+            report = own
+        else:
+            report.duration += call.duration
+            _merge_sections(report, self.item)
+        if log:
+            self.item.ihook.pytest_runtest_logreport(report=report)
+        return report
+
+    # ------------------------------------------------------------------ parts
+
+    def _try(self, function: Callable[[], None], when: Any) -> CallInfo[None]:
+        reraise = get_reraise_exceptions(self.item.config)
+        return CallInfo.from_call(function, when=when, reraise=reraise)
+
+    def _own_report(self, call: CallInfo[Any], log: bool) -> pytest.TestReport:
+        hook = self.item.ihook
+        report: pytest.TestReport = hook.pytest_runtest_makereport(item=self.item, call=call)
+        if log:
+            hook.pytest_runtest_logreport(report=report)
+        if check_interactive_exception(call, report):
+            hook.pytest_exception_interact(node=self.item, call=call, report=report)
+        return report
+
+    def _pytests_own(self, hook: str) -> Any:
+        """A hook, with no other implementations than pytest's own."""
+        manager = self.item.config.pluginmanager
+        own = [manager.get_plugin(name) for name in _PYTESTS_OWN]
+        others = [plugin for plugin in manager.get_plugins() if plugin not in own]
+        return manager.subset_hook_caller(hook, others)
+
+    def _enter(self) -> None:
+        """Make the container, and fork the body into it."""
+        item = self.item
+        spec = spec_of(item, _spec_defaults(item))
+        boxes = boxes_of(item.config)
+        if not boxes.session.resolve_rootfs(spec.rootfs).is_host:
+            raise UnsupportedError(
+                f"a body runs inside with pytest's own Python, so on the host's root, not on "
+                f"{spec.rootfs!r}; take nsbox_container to drive that one from outside"
+            )
+        if spec.user is not None:
+            raise UnsupportedError(
+                f"user={spec.user!r}: a body runs inside as who runs pytest, or tmp_path would be "
+                "out of its reach; take nsbox_container and run commands as that user"
+            )
+        paths = passthrough(item.config)
+        container = self._stack.enter_context(boxes.container(item, None, spec, passthrough=paths))
+        self._container = container
+        self._faults = os.memfd_create("nsbox-faults")
+        self._stack.callback(os.close, self._faults)
+        body = Body(item, self.nextitem, self.original, self._faults)
+        # timers do not cross a fork (setitimer(2)): a deadline of this process is the body's now
+        self._timer = body.timer = signal.setitimer(signal.ITIMER_REAL, 0)
+        self._began = time.monotonic()
+        env = container.spec.env
+        # the watchdog is a thread that the child would wait for in vain; the child starts its own
+        faulthandler.cancel_dump_traceback_later()
+        self._inside = Inside(
+            container, lambda talk: body.run(talk, env), container.working_directory()
+        )
+
+    def _hear(self) -> bytes | None:
+        """The body's next message; None when it has ended without one."""
+        assert self._inside is not None
+        try:
+            return self._inside.receive()
+        except KeyboardInterrupt:
+            # from a terminal the body has been interrupted as well, and knows where
+            for wait, interrupt in ((1.0, False), (_FAREWELL, True)):
+                if interrupt:
+                    self._inside.signal(signal.SIGINT)
+                with contextlib.suppress(TimeoutError):
+                    data = self._inside.receive(wait)
+                    if data is not None and pickle.loads(data)[0] == "raised":
+                        return data
+            raise
+
+    def leave(self) -> None:
+        """End the body, if there is one, and take its container down."""
+        inside, self._inside = self._inside, None
+        if inside is not None:
+            inside.kill()
+            left = self._timer[0] - (time.monotonic() - self._began)
+            if left > 0:
+                signal.setitimer(signal.ITIMER_REAL, left, self._timer[1])
+        stack, self._stack = self._stack, contextlib.ExitStack()
+        stack.close()
+
+    def _crashed(self, when: Any, started: float, duration: float) -> pytest.TestReport:
+        """The report of a phase in which the body has ended."""
+        assert self._inside is not None
+        assert self._container is not None
+        inside, self._inside = self._inside, None
+        code = inside.end()
+        dead = self._container.death(patience=PATIENCE if code == -signal.SIGKILL else 0)
+        if dead is not None:
+            text = str(dead)
+        elif code < 0:
+            text = f"the test's process was killed by {signal.Signals(-code).name}"
+        else:
+            text = f"the test ended its process with status {code}, without a report"
+        faults = os.pread(self._faults, 1 << 16, 0).decode(errors="replace").rstrip()
+        item = self.item
+        sections = list(self._last.sections) if self._last is not None else []
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        if capture is not None:
+            output = capture.read_global_capture()
+            names = (f"Captured {name} {when}" for name in ("stdout", "stderr"))
+            sections += [pair for pair in zip(names, output, strict=True) if pair[1]]
+        return pytest.TestReport(
+            nodeid=item.nodeid,
+            location=item.location,
+            keywords=dict.fromkeys(item.keywords, 1),
+            outcome="failed",
+            longrepr=f"{item.location[0]}:{(item.location[1] or 0) + 1}: {text}"
+            + (f"\n{faults}" if faults else ""),
+            when=when,
+            sections=sections,
+            duration=duration,
+            start=started,
+            stop=started + duration,
+            user_properties=list(item.user_properties),
+        )
 
 
-def _set_up_outside(item: Any) -> None:
-    """Set up what is shared with other tests: collectors, and fixtures of a wider scope."""
-    with _captured(item):
-        item.session._setupstate.setup(item.parent)
-        _set_up_wider_fixtures(item)
+def _merge_sections(report: pytest.TestReport, item: Any) -> None:
+    """Add what the teardown outside has printed."""
+    for when, key, text in item._report_sections:
+        if when != "teardown" or not text:
+            continue
+        name = f"Captured {key} {when}"
+        for number, (other, old) in enumerate(report.sections):
+            if other == name:
+                report.sections[number] = (name, old + text)
+                break
+        else:
+            report.sections.append((name, text))
 
 
 def _set_up_wider_fixtures(item: Any) -> None:
+    """Set up the fixtures of a test whose scope is wider than one test."""
     definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
-    # a request is good only while its item is being set up; the child sets it up in earnest
-    item.session._setupstate.stack[item] = ([], None)
-    try:
-        for name in getattr(item, "fixturenames", ()):
-            if name in definitions and definitions[name][-1].scope != "function":
-                item._request.getfixturevalue(name)
-    finally:
-        del item.session._setupstate.stack[item]
-
-
-def _tear_down_outside(
-    item: Any, nextitem: pytest.Item | None, held: list[pytest.TestReport]
-) -> None:
-    """Tear down what no later test shares, and log it with the child's own teardown."""
-
-    def tear_down() -> None:
-        with _captured(item):
-            item.session._setupstate.teardown_exact(nextitem)
-
-    call = _phase(item, "teardown", tear_down)
-    report = _report(item, call)
-    if call.excinfo is not None:
-        for other in held:
-            if other.failed:
-                _log(item, other)
-        _log(item, report)
-        return
-    for other in held or [report]:
-        if other is not report:
-            _append_sections(other, report)
-        _log(item, other)
-
-
-def _append_sections(report: pytest.TestReport, more: pytest.TestReport) -> None:
-    for name, text in more.sections:
-        old = dict(report.sections).get(name)
-        if old is None:
-            report.sections.append((name, text))
-        elif name.endswith("teardown"):
-            report.sections[report.sections.index((name, old))] = (name, old + text)
+    scopes = getattr(getattr(item, "callspec", None), "_arg2scope", {})
+    for name in getattr(item, "fixturenames", ()):
+        known = definitions.get(name, ())
+        scope = scopes.get(name)
+        if not known or (scope is not None and scope.value == "function"):
+            continue
+        if known[-1].scope != "function":
+            item._request.getfixturevalue(name)
 
 
 def _spec_defaults(item: Any) -> Any:
@@ -154,117 +357,9 @@ def _spec_defaults(item: Any) -> Any:
     return function()
 
 
-def _run(item: pytest.Item, held: list[pytest.TestReport]) -> None:
-    """Make the container, run the rest of the test in it, and report what comes out."""
-    spec = spec_of(item, _spec_defaults(item))
-    temporary = getattr(item.config, "_tmp_path_factory", None)
-    keep = [] if temporary is None else [str(temporary.getbasetemp())]
-    boxes = boxes_of(item.config)
-    if not boxes.session.resolve_rootfs(spec.rootfs).is_host:
-        raise UnsupportedError(
-            f"a body runs inside with pytest's own Python, so on the host's root, not on "
-            f"{spec.rootfs!r}; take nsbox_container to drive that one from outside"
-        )
-    if spec.user is not None:
-        raise UnsupportedError(
-            f"user={spec.user!r}: a body runs inside as who runs pytest, or tmp_path would be out "
-            "of its reach; take nsbox_container and run commands as that user"
-        )
-    with boxes.container(item, None, spec, passthrough=keep) as container:
-        _run_in(item, container, held)
-
-
-def _run_in(item: pytest.Item, container: Container, held: list[pytest.TestReport]) -> None:
-    # the watchdog is a thread that the child would wait for in vain; the child starts its own
-    faulthandler.cancel_dump_traceback_later()
-    inside = Inside(
-        container, lambda send: _body(item, container, send), container.working_directory()
-    )
-    done = False
-    try:
-        for data in inside.messages():
-            kind, value = pickle.loads(data)  # the child is the test itself
-            if kind == "report":
-                hook = item.config.hook.pytest_report_from_serializable
-                report = hook(config=item.config, data=value)
-                if report.when == "teardown":
-                    held.append(report)
-                    done = True
-                else:
-                    _log(item, report)
-            elif kind == "exit":
-                pytest.exit(*value)
-            else:
-                raise KeyboardInterrupt
-    except BaseException:
-        inside.kill()
-        raise
-    code = inside.end()
-    if not done:
-        _log(item, _crashed(item, container, code))
-
-
-def _body(item: Any, container: Container, send: Any) -> None:
-    """In the child: pytest's own protocol, down to this item and no further."""
-    config = item.config
-    os.environ.update(container.spec.env)
-    _watch(config)
-    config.pluginmanager.register(_Reports(config, send), "nsbox-reports")
-    try:
-        # not logged here, where other plugins would pass it on, but by the parent
-        runtestprotocol(item, log=False, nextitem=item.parent)
-    except pytest.exit.Exception as error:
-        send(pickle.dumps(("exit", (error.msg, error.returncode))))
-    except KeyboardInterrupt:
-        send(pickle.dumps(("interrupt", None)))
-
-
-def _watch(config: pytest.Config) -> None:
-    """Dump tracebacks of a body that takes too long, as pytest's faulthandler plugin does."""
-    stderr = config.stash.get(fault_handler_stderr_fd_key, None)
-    if stderr is None:  # the plugin is not in use, and its options are unknown
-        return
-    timeout = float(config.getini("faulthandler_timeout") or 0)
-    if timeout > 0:
-        faulthandler.dump_traceback_later(timeout, file=stderr)
-
-
-class _Reports:
-    """Sends every report out as soon as it is made."""
-
-    def __init__(self, config: pytest.Config, send: Any) -> None:
-        self.config = config
-        self.send = send
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        report = yield
-        hook = self.config.hook.pytest_report_to_serializable
-        self.send(pickle.dumps(("report", hook(config=self.config, report=report))))
-        return report
-
-
-def _crashed(item: pytest.Item, container: Container, code: int) -> pytest.TestReport:
-    """The report of a body that ended without one."""
-    dead = container.death(patience=PATIENCE if code == -signal.SIGKILL else 0)
-    if dead is not None:
-        text = str(dead)
-    elif code < 0:
-        text = f"the test's process was killed by {signal.Signals(-code).name}"
-    else:
-        text = f"the test ended its process with status {code}, without a report"
-    sections = []
-    capture = _capture(item)
-    if capture is not None:
-        for name, output in zip(("stdout", "stderr"), capture.read_global_capture(), strict=True):
-            if output:
-                sections.append((f"Captured {name} call", output))
-    return pytest.TestReport(
-        nodeid=item.nodeid,
-        location=item.location,
-        keywords=dict.fromkeys(item.keywords, 1),
-        outcome="failed",
-        longrepr=f"{item.location[0]}:{(item.location[1] or 0) + 1}: {text}",
-        when="call",
-        sections=sections,
-    )
+def _raise_at(error: BaseException, place: tuple[str, int] | None) -> None:
+    """Raise what ends the run as if from the line of the test that it came from."""
+    if place is None:
+        raise error
+    path, line = place
+    exec(compile("\n" * (line - 1) + "raise error", path, "exec"), {"error": error})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addini("nsbox_all", "run every test's body inside a container", "bool", False)
 
+    group.addoption(
+        "--nsbox-passthrough",
+        dest="nsbox_passthrough",
+        action="append",
+        default=None,
+        metavar="PATH",
+        help="a directory that bodies inside share with the host, writable; may be repeated (also "
+        "ini nsbox_passthrough, environment PYTEST_NSBOX_PASSTHROUGH, separated by colons)",
+    )
+    parser.addini(
+        "nsbox_passthrough", "directories that bodies inside share with the host", "paths", []
+    )
+
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     from pytest_nsbox.plugin import hookspecs
@@ -132,6 +146,14 @@ def all_inside(config: pytest.Config) -> bool:
     if text is not None:
         return text.lower() not in ("", "0", "no", "false")
     return bool(config.getini("nsbox_all"))
+
+
+def paths(config: pytest.Config) -> list[Path]:
+    """The directories that bodies inside share with the host, from everywhere they are named."""
+    named = [*(config.getoption("nsbox_passthrough", default=None) or ())]
+    named += filter(None, os.environ.get("PYTEST_NSBOX_PASSTHROUGH", "").split(":"))
+    here = config.invocation_params.dir
+    return [*config.getini("nsbox_passthrough"), *(here / name for name in named)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 _LENGTH = struct.Struct("=Q")
 PATIENCE = 0.2  # seconds by which a killed container's process may seem to die before it
 
-Send = Callable[[bytes], None]
+Talk = Callable[[bytes], bytes]
 
 
 class Inside:
     """A forked child at work in a container, and what it has to say.
 
-    The child runs `body` with a function that sends a message out, and which returns when the
-    message has been dealt with: what both write to a terminal stays in order.
+    The child runs `body` with a function that sends a message out and returns the answer: while
+    one of the two is at work the other waits, so what both write to a terminal stays in order.
     """
 
     def __init__(
-        self, container: Container, body: Callable[[Send], None], cwd: str | None = None
+        self, container: Container, body: Callable[[Talk], None], cwd: str | None = None
     ) -> None:
         from pytest_nsbox.init.enter import Ticket, fork_into
 
@@ -51,11 +51,12 @@ class Inside:
             own_user=reply["user"],
             capabilities=None if kept is None else frozenset(kept),
         )
+        self._buffer = bytearray()
         self._socket, theirs = socket.socketpair()
 
         def child() -> int:
             self._socket.close()
-            body(lambda data: _send(theirs, data))
+            body(lambda data: _talk(theirs, data))
             _flush()
             return 0
 
@@ -72,8 +73,8 @@ class Inside:
         self._container = container
         container.bodies.append(self)
 
-    def messages(self, timeout: float | None = None) -> Iterator[bytes]:
-        """What the child sends, until it ends.
+    def receive(self, timeout: float | None = None) -> bytes | None:
+        """The child's next message; None at its end. It waits for `reply`.
 
         Raises TimeoutError when that takes longer than `timeout` seconds.
         """
@@ -81,8 +82,14 @@ class Inside:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         poll.register(self.pidfd, select.POLLIN)
-        buffer = bytearray()
+        buffer = self._buffer
         while True:
+            if len(buffer) >= _LENGTH.size:
+                end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
+                if len(buffer) >= end:
+                    data = bytes(buffer[_LENGTH.size : end])
+                    del buffer[:end]
+                    return data
             left = None if deadline is None else max(deadline - time.monotonic(), 0) * 1000
             ready = {fd for fd, _ in poll.poll(left)}
             if not ready:
@@ -90,17 +97,17 @@ class Inside:
             # a grandchild may hold the socket open, so the child's end ends it, too
             chunk = self._socket.recv(1 << 20) if self._socket.fileno() in ready else b""
             if not chunk:
-                return
+                return None
             buffer += chunk
-            while len(buffer) >= _LENGTH.size:
-                end = _LENGTH.size + _LENGTH.unpack_from(buffer)[0]
-                if len(buffer) < end:
-                    break
-                data = bytes(buffer[_LENGTH.size : end])
-                del buffer[:end]
-                yield data
-                with contextlib.suppress(OSError):
-                    self._socket.sendall(b"\n")
+
+    def reply(self, data: bytes = b"") -> None:
+        """Answer the child's last message."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def end(self) -> int:
         """Wait for the child; its exit code, negative for the signal that killed it."""
@@ -111,22 +118,24 @@ class Inside:
         return os.waitstatus_to_exitcode(status)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         self.end()
 
 
-def _send(sock: socket.socket, data: bytes) -> None:
+def _talk(sock: socket.socket, data: bytes) -> bytes:
     sock.sendall(_LENGTH.pack(len(data)))
     sock.sendall(data)
-    if not sock.recv(1):
+    header = sock.recv(_LENGTH.size, socket.MSG_WAITALL)
+    if len(header) < _LENGTH.size:
         os._exit(1)  # nobody is left to hear the rest
+    (length,) = _LENGTH.unpack(header)
+    return sock.recv(length, socket.MSG_WAITALL) if length else b""
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(Exception):
-            stream.flush()
+            stream.flush()  # type: ignore[union-attr]
 
 
 def call(
@@ -139,7 +148,7 @@ def call(
     """Run a function inside and bring its result or its exception out."""
     name = getattr(function, "__qualname__", repr(function))
 
-    def body(send: Send) -> None:
+    def body(talk: Talk) -> None:
         try:
             outcome = ("result", function(*args, **kwargs), "")
         except BaseException as error:
@@ -151,11 +160,12 @@ def call(
             kind, value, text = outcome
             why = f"{name} {kind} {value!r}, which cannot be brought out: {error}"
             data = pickle.dumps(("lost", why, text))
-        send(data)
+        talk(data)
 
     inside = Inside(container, body, container.working_directory())
     try:
-        data = b"".join(inside.messages(timeout))
+        data = inside.receive(timeout)
+        inside.reply()
     except TimeoutError:
         inside.kill()
         raise CallError(f"{name} has not ended within {timeout} s and was killed") from None

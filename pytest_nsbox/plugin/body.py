@@ -1,0 +1,207 @@
+"""The body of a test in its container: a fork of pytest that goes through the phases."""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
+
+from pytest_nsbox.plugin import luggage
+
+Talk = Callable[[bytes], bytes]
+
+
+class Body:
+    """Made before the fork, run after it."""
+
+    def __init__(
+        self,
+        item: pytest.Item,
+        nextitem: pytest.Item | None,
+        call_and_report: Callable[..., pytest.TestReport],
+        faults: int,
+    ) -> None:
+        self.item: Any = item
+        self.nextitem = nextitem
+        self.call_and_report = call_and_report
+        self.faults = faults
+        self.timer: tuple[float, float] = (0.0, 0.0)
+        self._logged: pytest.TestReport | None = None
+
+    def run(self, talk: Talk, env: Mapping[str, str]) -> None:
+        """In the child: until the test has been torn down, or ends the run."""
+        os.environ.update(env)
+        self._talk = talk
+        self._watch()
+        self._report_to_the_parent()
+        self._tear_down_no_further_than_the_item()
+        self.pack = luggage.Pack(self.item)
+        config = self.item.config
+        recording = config.pluginmanager.hasplugin("warnings")
+        # pytest records into a list of the parent's; its filters stay in force
+        with warnings.catch_warnings(record=True) if recording else nullcontext() as log:
+            self.pack.warnings = log
+            signal.setitimer(signal.ITIMER_REAL, *self.timer)
+            try:
+                self._phases()
+            except (pytest.exit.Exception, KeyboardInterrupt) as error:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                place = _place(error)
+                with suppress(BaseException):  # the first one is what ends the run
+                    self.item.session._setupstate.teardown_exact(None)
+                error = type(error)(*_arguments(error))
+                self._say("raised", (self.pack.close(last=True), error, place))
+
+    def _phases(self) -> None:
+        when, log, last = "setup", True, False
+        while True:
+            keywords = {}
+            if when == "teardown":
+                keywords["nextitem"] = None if last else self.nextitem
+            report = self.call_and_report(self.item, when, log, **keywords)
+            brought = self.pack.close(last=when == "teardown")
+            answer = self._say("done", (portable(report), report is self._logged, brought))
+            if not answer:
+                return
+            when, log, last = pickle.loads(answer)
+
+    def _say(self, kind: str, value: Any) -> bytes:
+        """Tell the parent and wait for its answer; that time does not count as the test's."""
+        _flush_terminal(self.item.config)
+        timer = signal.setitimer(signal.ITIMER_REAL, 0)
+        answer = self._talk(pickle.dumps((kind, value)))
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        return answer
+
+    # ------------------------------------------------------------------ this process's own pytest
+
+    def _watch(self) -> None:
+        """Dump tracebacks of a crash, and of a body that takes too long, as pytest does."""
+        config = self.item.config
+        stderr = config.stash.get(fault_handler_stderr_fd_key, None)
+        if stderr is None:  # the plugin is not in use, and its options are unknown
+            return
+        faulthandler.enable(file=self.faults)
+        timeout = float(config.getini("faulthandler_timeout") or 0)
+        if timeout > 0:
+            faulthandler.dump_traceback_later(timeout, file=stderr)
+
+    def _report_to_the_parent(self) -> None:
+        """Whoever counts, prints or sends on reports does so in the parent."""
+        config = self.item.config
+        caller = config.hook.pytest_runtest_logreport
+        for implementation in list(caller.get_hookimpls()):
+            caller._remove_plugin(implementation.plugin)
+        config.pluginmanager.register(_Reporting(self), "nsbox-body")
+
+    def log(self, report: pytest.TestReport) -> None:
+        self._logged = report
+        self._say("log", (portable(report), self.pack.close(last=False)))
+
+    def _tear_down_no_further_than_the_item(self) -> None:
+        """Hooks see the next item as ever, but wider fixtures are the parent's to end; those
+        that were first asked for in here, by name, are this process's, and end with it."""
+        state = self.item.session._setupstate
+        shared = {node: len(finalizers) for node, (finalizers, _) in state.stack.items()}
+        tear_down = state.teardown_exact
+
+        def here(nextitem: pytest.Item | None) -> None:
+            own = [
+                (node, finalizers[shared.get(node, 0) :])
+                for node, (finalizers, _) in state.stack.items()
+                if node is not self.item
+            ]
+
+            def wider() -> None:
+                for _, finalizers in reversed(own):
+                    while finalizers:
+                        finalizers.pop()()
+
+            if self.item in state.stack:
+                state.stack[self.item][0].insert(0, wider)
+            tear_down(self.item.parent)
+
+        state.teardown_exact = here
+
+
+class _Reporting:
+    """The hooks that are only the body's."""
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        plugin: Any = body.item.config.pluginmanager.getplugin("logging-plugin")
+        self._live_log: Any = getattr(plugin, "log_cli_handler", None)
+        self._heading_shown = getattr(self._live_log, "_section_name_shown", False)
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.body.log(report)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """The live log's heading may have been printed for the fixtures outside."""
+        if self._heading_shown:
+            self._live_log._section_name_shown = True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: Any
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """The set-up outside and the one inside have printed as one."""
+        merged: dict[tuple[str, str], str] = {}
+        for when, key, text in item._report_sections:
+            before = merged.get((when, key), "")
+            merged[when, key] = before + "\n" * (bool(before) and key == "log") + text
+        item._report_sections[:] = [(*where, text) for where, text in merged.items()]
+        return (yield)
+
+
+def portable(report: Any) -> Any:
+    """A report as it can be brought out: without what a plugin has put on it that cannot."""
+    if luggage.can_travel(report):
+        return report
+    report = copy.copy(report)
+    for name, value in list(vars(report).items()):
+        if luggage.can_travel(value):
+            continue
+        if name in ("longrepr", "sections", "user_properties"):
+            setattr(report, name, str(value) if name == "longrepr" else luggage.trimmed(value))
+        else:
+            delattr(report, name)
+    return report
+
+
+def _place(error: BaseException) -> tuple[str, int] | None:
+    """Where the test was, for the last line of an interrupted run."""
+    from _pytest._code import ExceptionInfo
+
+    with suppress(Exception):
+        entry = ExceptionInfo.from_exception(error)._getreprcrash()
+        if entry is not None:
+            return str(entry.path), entry.lineno
+    return None
+
+
+def _arguments(error: BaseException) -> tuple[Any, ...]:
+    if isinstance(error, pytest.exit.Exception):
+        return (error.msg, error.returncode)
+    return tuple(arg for arg in error.args if luggage.can_travel(arg))
+
+
+def _flush_terminal(config: pytest.Config) -> None:
+    reporter: Any = config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:
+        reporter._tw.flush()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        with suppress(Exception):
+            stream.flush()  # type: ignore[union-attr]

@@ -1,0 +1,322 @@
+"""Other plugins with a body inside: each test runs the real one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.mark.parametrize("distribution", ["load", "loadscope"])
+def test_xdist(run_pytest: Run, distribution: str) -> None:
+    result = run_pytest(
+        """
+        import os, warnings, pytest
+
+        @pytest.fixture(scope="class")
+        def wide():
+            return os.getpid()
+
+        class TestOne:
+            @pytest.mark.parametrize("n", range(4))
+            def test_inside(self, n, wide):
+                assert os.getppid() == 0 and os.getpid() != wide
+
+        def test_warns():
+            warnings.warn("from inside")
+
+        def test_fails():
+            assert 0
+        """,
+        *("-p", "xdist", "-n2", f"--dist={distribution}", "--nsbox-all"),
+    )
+    result.assert_outcomes(passed=5, failed=1, warnings=1)
+
+
+def test_lines_run_inside_are_in_the_report_of_pytest_cov(
+    run_pytest: Run, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(
+        lib="""
+        def inside():
+            a = 1
+            return a
+
+        def outside():
+            a = 1
+            return a
+
+        def never():
+            return 3
+        """
+    )
+    source = """
+        import pytest, lib
+
+        @pytest.mark.sandbox
+        def test_inside():
+            lib.inside()
+
+        def test_outside():
+            lib.outside()
+    """
+    result = run_pytest(
+        source, "-p", "pytest_cov", "--cov=lib", "--cov-report=term-missing", "--cov-context=test"
+    )
+    result.assert_outcomes(passed=2)
+    result.stdout.re_match_lines([r"lib.py +8 +1 +88% +10"])
+    result = run_pytest(
+        source, *("-p", "pytest_cov", "-p", "xdist", "-n1", "--cov=lib", "--cov-report=term")
+    )
+    result.stdout.re_match_lines([r"lib.py +8 +1 +88%"])
+
+
+def test_a_timeout_fails_at_the_line_that_took_too_long(run_pytest: Run) -> None:
+    source = """
+        import time, pytest
+
+        def wait():
+            time.sleep(1000)
+
+        @pytest.mark.timeout(1, method="signal")
+        def test_slow():
+            wait()
+
+        @pytest.mark.timeout(1, method="signal", func_only=True)
+        def test_slow_function():
+            wait()
+
+        @pytest.mark.timeout(60)
+        def test_after(): pass
+    """
+    result = run_pytest(source, "-p", "pytest_timeout", "--nsbox-all", "--tb=short")
+    result.assert_outcomes(failed=2, passed=1)
+    result.stdout.fnmatch_lines(["*in wait", "*time.sleep(1000)", "E*Failed: Timeout*"])
+
+
+def test_reruns_have_a_container_each(run_pytest: Run, pytester: pytest.Pytester) -> None:
+    result = run_pytest(
+        """
+        import os, pytest
+
+        @pytest.mark.sandbox
+        @pytest.mark.flaky(reruns=3)
+        def test_it(tmp_path_factory):
+            base = tmp_path_factory.getbasetemp()
+            assert not os.path.exists("/etc/seen")
+            open("/etc/seen", "w").close()
+            tries = base / "tries"
+            count = int(tries.read_text()) if tries.exists() else 0
+            tries.write_text(str(count + 1))
+            assert count == 2
+        """,
+        "-p",
+        "pytest_rerunfailures",
+        "-rR",
+    )
+    result.assert_outcomes(passed=1)
+    assert result.stdout.str().count("RERUN test_it.py") == 2
+
+
+def test_only_some_errors_are_rerun(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        def test_value(): raise ValueError
+        def test_type(): raise TypeError
+        """,
+        *("-p", "pytest_rerunfailures", "--reruns=2", "--only-rerun=ValueError", "--nsbox-all"),
+    )
+    assert result.parseoutcomes() == {"failed": 2, "rerun": 2}
+
+
+@pytest.mark.parametrize("scope", ["function", "module", "session"])
+def test_asyncio(run_pytest: Run, scope: str) -> None:
+    result = run_pytest(
+        f"""
+        import asyncio, pytest, pytest_asyncio
+
+        @pytest_asyncio.fixture(scope="{scope}", loop_scope="{scope}")
+        async def wide():
+            await asyncio.sleep(0)
+            yield asyncio.get_running_loop()
+            await asyncio.sleep(0)
+
+        @pytest.mark.asyncio(loop_scope="{scope}")
+        @pytest.mark.parametrize("n", range(2))
+        async def test_it(n, wide):
+            assert asyncio.get_running_loop() is wide
+            process = await asyncio.create_subprocess_exec("true")
+            assert await process.wait() == 0
+            server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 80)
+            reader, writer = await asyncio.open_connection("127.0.0.1", 80)
+            assert await reader.read() == b""
+            writer.close()
+            server.close()
+            await asyncio.to_thread(int)
+        """,
+        *("-p", "pytest_asyncio.plugin", "--nsbox-all", "-o", "asyncio_mode=strict"),
+    )
+    result.assert_outcomes(passed=2)
+
+
+def test_anyio(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import anyio, pytest
+
+        @pytest.fixture(scope="module")
+        def anyio_backend():
+            return "asyncio"
+
+        @pytest.fixture(scope="module")
+        async def wide():
+            await anyio.sleep(0)
+            yield 1
+
+        @pytest.mark.anyio
+        @pytest.mark.parametrize("n", range(2))
+        async def test_it(n, wide):
+            await anyio.sleep(0.01)
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.sleep, 0)
+            assert wide == 1
+        """,
+        *("-p", "anyio.pytest_plugin", "--nsbox-all"),
+    )
+    result.assert_outcomes(passed=2)
+
+
+def test_mock(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import os
+
+        def test_it(mocker):
+            mocker.patch("os.getcwd", return_value="mocked")
+            assert os.getcwd() == "mocked"
+
+        def test_after():
+            assert os.getcwd() != "mocked"
+        """,
+        *("-p", "pytest_mock", "--nsbox-all"),
+    )
+    result.assert_outcomes(passed=2)
+
+
+def test_the_database_of_hypothesis_survives(run_pytest: Run, pytester: pytest.Pytester) -> None:
+    source = """
+        from hypothesis import given, settings, strategies as st
+
+        @given(st.integers())
+        def test_it(n):
+            print("tried", n)
+            assert n < 1000
+    """
+    options = ("-p", "_hypothesis_pytestplugin", "--nsbox-all", "--hypothesis-show-statistics")
+    result = run_pytest(source, *options)
+    result.assert_outcomes(failed=1)
+    assert "n=1000" in result.stdout.str()
+    assert "during generate phase" in result.stdout.str()
+    assert any((pytester.path / ".hypothesis/examples").iterdir())
+    again = run_pytest(source, *options)
+    assert "during reuse phase" in again.stdout.str()
+
+
+def test_randomly_seeds_and_orders_as_outside(run_pytest: Run) -> None:
+    source = """
+        import random, pytest
+
+        @pytest.mark.parametrize("n", range(6))
+        def test_it(n):
+            print("drawn", n, random.random())
+    """
+    options = ("-p", "pytest_randomly", "-s", "-p", "no:cacheprovider", "--randomly-seed=7")
+    drawn = [
+        re.findall("drawn .*", run_pytest(source, *options, *more).stdout.str())
+        for more in ((), ("--nsbox-all",))
+    ]
+    assert len(drawn[0]) == 6
+    assert drawn[0] == drawn[1]
+
+
+def test_html_has_what_a_body_attaches(run_pytest: Run, pytester: pytest.Pytester) -> None:
+    result = run_pytest(
+        """
+        import pytest_html
+
+        def test_it(extras):
+            extras.append(pytest_html.extras.text("attached inside"))
+            print("printed inside")
+            assert 0
+        """,
+        *("-p", "pytest_metadata.plugin", "-p", "pytest_html.plugin", "-p", "pytest_html.fixtures"),
+        *("--html=report.html", "--self-contained-html", "--nsbox-all"),
+    )
+    result.assert_outcomes(failed=1)
+    page = (pytester.path / "report.html").read_text()
+    assert "printed inside" in page
+    assert "YXR0YWNoZWQgaW5zaWRl" in page  # "attached inside", in base64
+
+
+def test_benchmarks_are_counted_outside(run_pytest: Run, pytester: pytest.Pytester) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("n", range(2))
+        def test_it(benchmark, n):
+            benchmark.pedantic(int, rounds=3)
+        """,
+        *("-p", "pytest_benchmark.plugin", "--nsbox-all", "--benchmark-json=out.json"),
+    )
+    result.assert_outcomes(passed=2)
+    import json
+
+    found = json.loads((pytester.path / "out.json").read_text())["benchmarks"]
+    assert [(row["name"], row["stats"]["rounds"]) for row in found] == [
+        ("test_it[0]", 3),
+        ("test_it[1]", 3),
+    ]
+
+
+def test_junitxml_is_the_same_as_outside(run_pytest: Run, pytester: pytest.Pytester) -> None:
+    source = """
+        import pytest
+
+        def test_properties(record_property, record_testsuite_property, record_xml_attribute):
+            record_property("of the test", 1)
+            record_testsuite_property("of the suite", 2)
+            record_xml_attribute("attribute", "value")
+            print("printed")
+
+        def test_fails(): assert 0
+
+        def test_skips(): pytest.skip("why")
+
+        @pytest.fixture
+        def broken():
+            yield
+            assert 0
+
+        def test_error(broken): pass
+    """
+
+    def xml(*options: str) -> str:
+        run_pytest(
+            source,
+            "--junitxml=out.xml",
+            "-o",
+            "junit_logging=all",
+            "-o",
+            "junit_family=xunit1",
+            *options,
+        )
+        text = Path("out.xml").read_text()
+        return re.sub(r' (time|timestamp|hostname)="[^"]*"', "", text)
+
+    assert 'attribute="value"' in xml()
+    assert xml("--nsbox-all") == xml()
