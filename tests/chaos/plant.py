@@ -1,0 +1,36 @@
+"""A launcher that leaks on purpose: what it leaves has to be found."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+
+def main() -> None:
+    kind = os.environ["NSBOX_CHAOS_PLANT"]
+    from pytest_nsbox.launcher.ledger import Ledger
+
+    record = Ledger.record
+
+    def forget(self: Ledger, made: str, value: object) -> None:
+        if kind == "process" and not getattr(self, "planted", False):
+            self.planted = True  # type: ignore[attr-defined]
+            if os.fork() == 0:
+                os.setsid()
+                os.closerange(0, 1000)
+                os.execlp("sleep", "sleep", "1000")
+        if made != kind:
+            record(self, made, value)
+        elif kind == "layer":
+            os.makedirs(f"{value}-planted", exist_ok=True)
+        elif kind == "cgroup":
+            os.makedirs(str(value), exist_ok=True)
+
+    Ledger.record = forget  # type: ignore[method-assign]
+    sys.argv[0] = "pytest_nsbox.launcher"
+    runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

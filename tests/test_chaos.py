@@ -1,0 +1,33 @@
+"""Kills at random moments, a few of each kind; `python -m tests.chaos` does a thousand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def chaos(*options: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", *options],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_nothing_is_left_by_kills_at_random_moments() -> None:
+    status, output = chaos("--kills", "50")
+    assert status == 0, output
+    assert re.search(r"^all +50 ", output, re.MULTILINE), output
+
+
+@pytest.mark.parametrize("what", ["cgroup", "layer", "process"])
+def test_a_leak_on_purpose_is_found(what: str) -> None:
+    status, output = chaos("--kills", "2", "--plant", what)
+    assert status == 1, output
+    assert "LEFT by SIGKILL pytest" in output
