@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     gc = commands.add_parser("gc", help="remove what killed sessions have left")
+    gc.add_argument(
+        "--check",
+        action="store_true",
+        help="remove nothing; list what there is, and exit with 1 if a dead session has left any",
+    )
     gc.set_defaults(run=_gc)
 
     cache = commands.add_parser("cache", help="unpacked images")
@@ -111,8 +116,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _gc(options: argparse.Namespace) -> int:
-    from pytest_nsbox.launcher import ledger
+    from pytest_nsbox.launcher import audit, ledger
 
+    if options.check:
+        found = audit.audit(ledger.cache_directory())
+        for each in found:
+            print(f"{'in use' if each.alive else 'left'}: {each}")
+        return 1 if audit.left(found) else 0
     for line in ledger.sweep(ledger.state_directory()):
         print(f"removed {line}")
     return 0

@@ -19,6 +19,10 @@ from pytest_nsbox import errors
 
 Message = dict[str, Any]
 
+MARK = "NSBOX_SESSION"
+"""The environment variable by which the processes of a session are known. None of a container's
+commands has it: they die with their PID 1, which has."""
+
 _PACKET = 32 << 10
 _LARGEST = 16 << 20
 _MOST_FDS = 64

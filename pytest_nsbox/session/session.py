@@ -78,6 +78,7 @@ class Session:
                 stdout=self._words,
                 stderr=self._words,
                 pass_fds=[theirs.fileno()],
+                env={**os.environ, wire.MARK: os.urandom(8).hex()},
                 start_new_session=True,
             )
         self._lifeline = ours

@@ -1,0 +1,59 @@
+"""What `nsbox gc --check` sees, and whose it says that it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+from pytest_nsbox import Session
+from pytest_nsbox.wire import MARK
+from tests.audit import Snapshot
+from tests.test_cli import nsbox
+
+KILLED = """
+import os, signal, pytest_nsbox
+session = pytest_nsbox.Session()
+session.container(memory="64M")
+os.kill(session._launcher.pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_session_has_left_is_listed_until_it_is_removed(
+    nothing_left: Snapshot,
+) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED])
+    assert done.returncode == -signal.SIGKILL
+    check = nsbox("gc", "--check")
+    assert check.returncode == 1
+    for kind in ("cgroup /sys/fs/cgroup", "layer /", "ledger /"):
+        assert f"left: {kind}" in check.stdout
+    nsbox("gc")
+    check = nsbox("gc", "--check")
+    assert (check.returncode, "left:" in check.stdout) == (0, False)
+
+
+def test_what_a_living_session_owns_is_told_apart() -> None:
+    with Session() as session, session.container(memory="64M") as container:
+        launcher = session._launcher
+        assert launcher is not None
+        check = nsbox("gc", "--check")
+        assert check.returncode == 0
+        lines = [line for line in check.stdout.splitlines() if f"session {launcher.pid}" in line]
+        kinds = {line.split()[2] for line in lines}
+        assert kinds == {"process", "cgroup", "layer", "ledger"}
+        assert all(line.startswith("in use: ") for line in lines)
+        assert f"process {container.pid} nsbox-init" in check.stdout
+    assert f"session {launcher.pid}," not in nsbox("gc", "--check").stdout
+
+
+def test_a_process_without_its_launcher_is_listed() -> None:
+    with subprocess.Popen(["sleep", "1000"], env={**os.environ, MARK: "dead"}) as orphan:
+        try:
+            check = nsbox("gc", "--check")
+        finally:
+            orphan.kill()
+    assert check.returncode == 1
+    assert f"left: process {orphan.pid} sleep" in check.stdout
