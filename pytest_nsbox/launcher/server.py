@@ -21,6 +21,7 @@ from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
 from pytest_nsbox.launcher.changes import read_changes
+from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.ports import forward_port
@@ -330,6 +331,12 @@ class Launcher:
             lambda: read_changes(container.places, scratch, container.order, files), [scratch]
         )
 
+    def copy(self, message: Message, fds: list[int]) -> Work:
+        """Copy a file or a tree into a container or out of it."""
+        self._get(message)
+        there, here = fds
+        return Work(lambda: copy_between(message, there, here), fds)
+
     def update(self, message: Message, fds: list[int]) -> Reply:
         """Change the limits of a running container."""
         container = self._get(message)
@@ -420,6 +427,7 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
     name: getattr(Launcher, name)
     for name in (
         "changes",
+        "copy",
         "create",
         "describe",
         "destroy",

@@ -26,7 +26,7 @@ from pytest_nsbox.model.results import Change, Result
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.model.units import format_size
-from pytest_nsbox.session import waiting
+from pytest_nsbox.session import files, waiting
 from pytest_nsbox.session.inside import Inside, call
 from pytest_nsbox.session.process import Arguments, Process, describe_end
 
@@ -479,6 +479,41 @@ class Container:
     def write_text(self, path: str | os.PathLike[str], text: str, encoding: str = "utf-8") -> None:
         """Write a text file inside, its old content replaced. Raises OSError as inside."""
         self.write_bytes(path, text.encode(encoding))
+
+    def copy_in(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        *,
+        archive: bool = False,
+    ) -> list[str]:
+        """Copy a file or a whole tree of the host into the container, as `docker cp`.
+
+        Where `dst` is a directory the copy is put into it under its own name, else `dst` is the
+        copy itself; its missing parents are made. A `src` that ends in `/.` stands for what is in
+        it. A file that is there is replaced, a directory merged with. Modes, times and symbolic
+        links are kept, links as links; the copy is root's, with `archive` its owner's.
+
+        Returns the paths that were left out: sockets, FIFOs, devices. Raises OSError.
+        """
+        return files.copy_in(self, src, dst, archive=archive)
+
+    def copy_out(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        *,
+        archive: bool = False,
+    ) -> list[str]:
+        """Copy a file or a whole tree of the container to the host, as `docker cp`.
+
+        `src` and `dst` mean what they mean to `copy_in`. No link made inside leads the copy out
+        of `dst`. It belongs to the user who runs the test, with `archive` to its owner; a set-uid
+        or set-gid bit does not come out.
+
+        Returns the paths that were left out: sockets, FIFOs, devices. Raises OSError.
+        """
+        return files.copy_out(self, src, dst, archive=archive)
 
     def changes(self) -> list[Change]:
         """What has been written, against the root filesystem that it was made from.
