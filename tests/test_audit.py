@@ -6,8 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from pytest_nsbox import Session
+import pytest
+
+from pytest_nsbox import Session, TeardownError
 from pytest_nsbox.wire import MARK
 from tests.audit import Snapshot
 from tests.test_cli import nsbox
@@ -57,3 +61,44 @@ def test_a_process_without_its_launcher_is_listed() -> None:
             orphan.kill()
     assert check.returncode == 1
     assert f"left: process {orphan.pid} sleep" in check.stdout
+
+
+LEAVING = """
+import os, pytest
+
+@pytest.fixture(scope="session")
+def end(nsbox_session):
+    nsbox_session.describe()
+    yield
+    os.kill(nsbox_session._launcher.pid, 9)
+
+def test_it(end): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [([], 0), (["--nsbox-strict"], 1), (["-p", "xdist", "-n1", "--nsbox-strict"], 1)],
+    ids=["default", "strict", "strict under xdist"],
+)
+def test_what_is_not_taken_down_is_named_and_fails_a_strict_run(
+    arguments: list[str], status: int, run_pytest: Callable[..., pytest.RunResult]
+) -> None:
+    result = run_pytest(LEAVING, *arguments)
+    assert result.ret == status
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*nsbox: not taken down*", "*the launcher ended with status -9*"])
+
+
+def test_a_session_looks_for_what_is_its_own_at_its_end() -> None:
+    session = Session()
+    session.describe()
+    assert session._launcher is not None
+    environment = Path(f"/proc/{session._launcher.pid}/environ").read_text().split("\0")
+    (mark,) = (line.partition("=")[2] for line in environment if line.startswith(MARK + "="))
+    with subprocess.Popen(["sleep", "1000"], env={**os.environ, MARK: mark}) as stray:
+        try:
+            with pytest.raises(TeardownError, match=f"left behind: process {stray.pid} sleep"):
+                session.close()
+        finally:
+            stray.kill()

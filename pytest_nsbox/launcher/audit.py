@@ -116,6 +116,16 @@ def _mount_points(*fstypes: str) -> list[str]:
     return found
 
 
+def left_by_this(cache: Path) -> list[str]:
+    """What the launcher that calls this still has; it should be nothing but itself."""
+    own = os.getpid()
+    return [
+        f"{each.kind} {each.what}"
+        for each in audit(cache)
+        if each.owner == own and not (each.kind == "process" and each.what.split()[0] == str(own))
+    ]
+
+
 def left(found: Iterable[Found]) -> list[Found]:
     """What no living session owns."""
     return [each for each in found if not each.alive]

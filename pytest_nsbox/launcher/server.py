@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nsbox import rootfs, wire
-from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.errors import (
+    ContainerDied,
+    NsboxError,
+    SetupError,
+    TeardownError,
+    UnsupportedError,
+)
 from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names
+from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
 from pytest_nsbox.launcher.changes import read_changes
 from pytest_nsbox.launcher.copying import copy_between
@@ -107,7 +114,7 @@ class Launcher:
 
     def close(self) -> None:
         """Take everything down. Raises the first error, the others in its notes."""
-        errors = []
+        errors: list[NsboxError] = []
         for worker in list(self.workers.items()):
             stop(*worker)
         until = time.monotonic() + UNTIL_DEAD
@@ -123,6 +130,8 @@ class Launcher:
             self.undo.run()
         except NsboxError as error:
             errors.append(error)
+        if left := left_by_this(Path(self.options["cache"])):
+            errors.append(TeardownError(f"left behind: {', '.join(left)}"))
         if errors:
             for later in errors[1:]:
                 errors[0].add_note(f"then {later}")

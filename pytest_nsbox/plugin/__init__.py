@@ -16,6 +16,8 @@ from pytest_nsbox.plugin.hooks import (
     pytest_runtest_makereport,
     pytest_runtest_protocol,
     pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
 )
 from pytest_nsbox.plugin.options import pytest_addhooks, pytest_addoption, pytest_configure
 
@@ -34,4 +36,6 @@ __all__ = [
     "pytest_runtest_makereport",
     "pytest_runtest_protocol",
     "pytest_sessionfinish",
+    "pytest_terminal_summary",
+    "pytest_testnodedown",
 ]

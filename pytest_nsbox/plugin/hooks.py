@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pytest_nsbox.plugin import options
 from pytest_nsbox.plugin.specs import runs_inside, uses_fixture
 
 
@@ -44,29 +45,49 @@ def pytest_runtest_makereport(
     return report
 
 
+_LEFT = pytest.StashKey[list[str]]()
+_FINE = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Take the session down; what stays behind is said, and fails the run."""
+    """Take the session down; what stays behind is said, and fails a strict run."""
     try:
         yield
     finally:
-        _close(session)
+        _close(session.config)
+        left = session.config.stash.get(_LEFT, [])
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["nsbox_left"] = left
+        if left and options.strict(session.config) and session.exitstatus in _FINE:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _close(session: pytest.Session) -> None:
+def _close(config: pytest.Config) -> None:
     if "pytest_nsbox.plugin.boxes" not in sys.modules:
         return
     from pytest_nsbox.errors import NsboxError
     from pytest_nsbox.plugin.boxes import opened
 
-    boxes = opened(session.config)
+    boxes = opened(config)
     if boxes is None:
         return
     try:
         boxes.session.close()
     except NsboxError as error:
-        reporter = session.config.pluginmanager.getplugin("terminalreporter")
-        if reporter is not None:
-            reporter.write_line(f"nsbox: {error}", red=True)
-        if session.exitstatus == 0:
-            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+        config.stash[_LEFT] = [str(error), *getattr(error, "__notes__", ())]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended, and says what it has left."""
+    left = (getattr(node, "workeroutput", None) or {}).get("nsbox_left", ())
+    node.config.stash.setdefault(_LEFT, []).extend(f"{node.gateway.id}: {line}" for line in left)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name what has been left behind."""
+    if left := config.stash.get(_LEFT, []):
+        terminalreporter.section("nsbox: not taken down", red=True)
+        for line in left:
+            terminalreporter.line(line)

@@ -84,6 +84,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             help=text + f"{option.environment})",
         )
         parser.addini(option.ini, option.help, default=None)
+    strict_help = "fail the run when something of its containers is left behind at its end"
+    group.addoption(
+        "--nsbox-strict",
+        dest="nsbox_strict",
+        action="store_true",
+        default=None,
+        help=f"{strict_help} (also ini nsbox_strict, environment PYTEST_NSBOX_STRICT)",
+    )
+    parser.addini("nsbox_strict", strict_help, "bool", False)
     group.addoption(
         "--nsbox-all",
         dest="nsbox_all",
@@ -138,14 +147,23 @@ def _ini(config: pytest.Config, name: str) -> Any:
     return found or None
 
 
-def all_inside(config: pytest.Config) -> bool:
-    """Whether every test is to run inside."""
-    if config.getoption("nsbox_all", default=None) is not None:
-        return bool(config.getoption("nsbox_all"))
-    text = os.environ.get("PYTEST_NSBOX_ALL")
+def _is_on(config: pytest.Config, name: str) -> bool:
+    if config.getoption(name, default=None) is not None:
+        return bool(config.getoption(name))
+    text = os.environ.get(f"PYTEST_{name.upper()}")
     if text is not None:
         return text.lower() not in ("", "0", "no", "false")
-    return bool(config.getini("nsbox_all"))
+    return bool(config.getini(name))
+
+
+def strict(config: pytest.Config) -> bool:
+    """Whether what is left behind fails the run."""
+    return _is_on(config, "nsbox_strict")
+
+
+def all_inside(config: pytest.Config) -> bool:
+    """Whether every test is to run inside."""
+    return _is_on(config, "nsbox_all")
 
 
 def paths(config: pytest.Config) -> list[Path]:
