@@ -106,7 +106,10 @@ class Body:
 
     def log(self, report: pytest.TestReport) -> None:
         self._logged = report
-        self._say("log", (portable(report), self.pack.close(last=False)))
+        answer = self._say("log", (portable(report), self.pack.close(last=False)))
+        # whoever counts failures may have seen enough: subtests go on no further then
+        self.pack.ends = pickle.loads(answer)
+        self.item.session.shouldstop, self.item.session.shouldfail = self.pack.ends
 
     def _tear_down_no_further_than_the_item(self) -> None:
         """Hooks see the next item as ever, but wider fixtures are the parent's to end; those
@@ -158,11 +161,7 @@ class _Reporting:
         self, item: Any
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """The set-up outside and the one inside have printed as one."""
-        merged: dict[tuple[str, str], str] = {}
-        for when, key, text in item._report_sections:
-            before = merged.get((when, key), "")
-            merged[when, key] = before + "\n" * (bool(before) and key == "log") + text
-        item._report_sections[:] = [(*where, text) for where, text in merged.items()]
+        item._report_sections[:] = luggage.merged_sections(item._report_sections)
         return (yield)
 
 

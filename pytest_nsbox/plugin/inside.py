@@ -143,7 +143,8 @@ class _Visit:
                     adjust(report)
                 logged.append(report)
                 self.item.ihook.pytest_runtest_logreport(report=report)
-                self._inside.reply(b"")
+                session = self.item.session
+                self._inside.reply(pickle.dumps((session.shouldstop, session.shouldfail)))
             elif kind == "done":
                 report, was_logged, brought = value
                 luggage.unpack(self.item, brought)
@@ -183,7 +184,7 @@ class _Visit:
             own = self._own_report(call, log=False)
             if report.failed:
                 own.sections.append(("teardown of the body", str(report.longrepr)))
-            own.sections[:0] = [row for row in report.sections if row not in own.sections]
+            _merge_sections(own, self.item)
             own.duration += report.duration
             report = own
         else:
@@ -312,16 +313,10 @@ class _Visit:
 
 def _merge_sections(report: pytest.TestReport, item: Any) -> None:
     """Add what the teardown outside has printed."""
-    for when, key, text in item._report_sections:
-        if when != "teardown" or not text:
-            continue
-        name = f"Captured {key} {when}"
-        for number, (other, old) in enumerate(report.sections):
-            if other == name:
-                report.sections[number] = (name, old + text)
-                break
-        else:
-            report.sections.append((name, text))
+    rows = luggage.merged_sections(item._report_sections)
+    report.sections = [(f"Captured {key} {when}", text) for when, key, text in rows if text] + [
+        row for row in report.sections if not row[0].startswith("Captured ")
+    ]
 
 
 def _set_up_wider_fixtures(item: Any) -> None:

@@ -39,6 +39,24 @@ def trimmed(value: Any) -> Any:
     return [item for item in value if can_travel(item)]
 
 
+def merged_sections(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """What a phase has printed outside and inside, as if it had been one, in pytest's order."""
+    merged: dict[tuple[str, str], str] = {}
+    for when, key, text in rows:
+        before = merged.get((when, key), "")
+        merged[when, key] = before + "\n" * (bool(before and text) and key == "log") + text
+    phases, keys = ["setup", "call", "teardown"], ["stdout", "stderr", "log"]
+
+    def place(row: tuple[str, str, str]) -> tuple[int, int]:
+        when, key, _ = row
+        return (
+            phases.index(when) if when in phases else len(phases),
+            keys.index(key) if key in keys else len(keys),
+        )
+
+    return sorted(((*where, text) for where, text in merged.items()), key=place)
+
+
 class Pack:
     """In the child: what there was at the fork, and what has come since."""
 
@@ -47,14 +65,15 @@ class Pack:
         self.warnings: list[warnings.WarningMessage] | None = None
         self._notes = dict(vars(item))
         self._lengths = {name: len(found) for name, found in _gathered(item).items()}
-        self._ends = (item.session.shouldstop, item.session.shouldfail)
+        self.ends = (item.session.shouldstop, item.session.shouldfail)
 
     def close(self, *, last: bool) -> dict[str, Any]:
         """What has come up to now; what is gathered over the run comes with the last."""
         session = self.item.session
         found: dict[str, Any] = {"notes": self._new_notes(), "warnings": self._new_warnings()}
+        found["sections"] = list(self.item._report_sections)
         found["user_properties"] = trimmed(self.item.user_properties)
-        if (session.shouldstop, session.shouldfail) != self._ends:
+        if (session.shouldstop, session.shouldfail) != self.ends:
             found["ends"] = (session.shouldstop, session.shouldfail)
         failed = _failed_subtests(self.item)
         if failed:
@@ -95,6 +114,7 @@ def unpack(item: Any, found: dict[str, Any]) -> None:
     """In the parent: put everything where it would be without a container."""
     vars(item).update(found["notes"])
     item.user_properties[:] = found["user_properties"]
+    item._report_sections[:] = found["sections"]
     for message, category, filename, lineno in found["warnings"]:
         warnings.showwarning(message, category, filename, lineno)
     if "ends" in found:
