@@ -146,6 +146,7 @@ def dump_error(error: BaseException) -> Message:
     name = type(error).__name__ if type(error).__name__ in errors.BY_NAME else "SetupError"
     data: Message = {"type": name, "text": str(error)}
     if isinstance(error, OSError):
+        data["text"] = str(error) if error.filename or not error.strerror else error.strerror
         data["errno"] = error.errno
     notes = list(getattr(error, "__notes__", ()))
     if notes:

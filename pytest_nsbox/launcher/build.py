@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import select
@@ -285,7 +286,8 @@ def _wire(container: Container) -> None:
             wire.close_all(fds)
     assert container.init is not None
     inside = [request.to_wire() for request in _inside_requests(container)]
-    wire.send(container.init, {"op": "wired", "network": inside})
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its last word says why
+        wire.send(container.init, {"op": "wired", "network": inside})
 
 
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
@@ -301,10 +303,27 @@ def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
         raise OSError(104, _how_init_ended(container))
     message, fds = received
     if "error" in message:
-        raise SetupError(f"container {container.order.name!r}: {message['error']['text']}")
+        raise _init_failed(container.order, message["error"])
     if message.get("op") != what:
         raise OSError(71, f"init says {message!r} instead of {what!r}")
     return message, fds
+
+
+def _init_failed(order: Order, error: wire.Message) -> NsboxError:
+    """What the kernel refuses as a whole is no fault of the container that was asked for."""
+    text = f"container {order.name!r}: {error['text']}"
+    if error.get("errno") not in (errno.EPERM, errno.ENOSYS):
+        return SetupError(text)
+    if "mount proc" in text and order.userns:
+        return UnsupportedError(
+            f"userns=True: {text}; the container that this runs in masks parts of /proc, and the "
+            "kernel then refuses another one below a user namespace (docker run --security-opt "
+            "systempaths=unconfined, podman run --security-opt unmask=ALL)"
+        )
+    return UnsupportedError(
+        f"{text}; a capability is missing, or a filter of system calls or AppArmor refuses it (in "
+        "a container: docker run --privileged); `nsbox doctor` tries each part and names the cure"
+    )
 
 
 def _how_init_ended(container: Container) -> str:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pytest_nsbox.kernel import libc, link
+from pytest_nsbox.kernel import libc, link, sysctl
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Request
 from pytest_nsbox.model.addressing import Subnet, mac
@@ -28,11 +28,11 @@ class Hub:
         self.netlink.send([link.up(link.LOOPBACK, "lo")])
         self._next_index = _FIRST_INDEX
         if internet:
-            _set("/proc/sys/net/ipv4/ip_forward", "1")
+            sysctl.write("/proc/sys/net/ipv4/ip_forward", "1")
         # where br_netfilter is loaded, what one container says to the next would be filtered as
         # if it were routed
         with contextlib.suppress(FileNotFoundError):
-            _set("/proc/sys/net/bridge/bridge-nf-call-iptables", "0")
+            sysctl.write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0")
 
     def next_index(self) -> int:
         """An interface index never used before: links of the dead linger while the kernel
@@ -144,11 +144,6 @@ class Interface:
     def leave(self) -> None:
         self.bridge.members.pop(self.number, None)
         self.bridge.subnet.give_back(self.number)
-
-
-def _set(path: str, value: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(value)
 
 
 def make_socket(hub: Hub, home: int, family: int, kind: int) -> socket.socket:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pytest_nsbox.kernel import cgroup
+from pytest_nsbox.kernel import cgroup, sysctl
 
 CGROUP, LAYER, SYSCTL = "cgroup", "layer", "sysctl"
 _SO_NETNS_COOKIE = 71
@@ -110,7 +110,7 @@ class Ledger:
                 was = other.sysctls(netns).get(path, was)
             self.record(SYSCTL, [netns, path, was])
             if Path(path).read_text().strip() != value:
-                Path(path).write_text(value)
+                sysctl.write(path, value)
 
     def put_back_sysctls(self, in_host: Callable[[], Any]) -> None:
         with _locked(self.directory), in_host():
@@ -245,7 +245,7 @@ def _put_back(rows: _Rows, directory: Path) -> list[Any]:
     for path, was in rows.sysctls(netns).items():
         if path not in held:
             with contextlib.suppress(FileNotFoundError):  # the device has gone
-                Path(path).write_text(was)
+                sysctl.write(path, was)
     return [[netns, path, was] for path, was in rows.sysctls(netns).items()]
 
 

@@ -13,10 +13,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.kernel import libc, link, nft
+from pytest_nsbox.kernel import libc, link, nft, sysctl
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink
 from pytest_nsbox.launcher.hub import UPLINK, Hub
@@ -133,9 +132,9 @@ class Uplink:
     def _forward(self, host: Host, name: str, ledger: Ledger) -> None:
         conf = "/proc/sys/net/ipv4/conf"
         with host.entered():  # on a device of our own, gone with us
-            Path(f"{conf}/{name}/forwarding").write_text("1")
+            sysctl.write(f"{conf}/{name}/forwarding", "1")
             with contextlib.suppress(FileNotFoundError):
-                Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
+                sysctl.write(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
         out = link.default_route_device(host.netlink)
         if out is None:
             return

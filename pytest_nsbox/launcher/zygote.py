@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from pytest_nsbox import wire
+from pytest_nsbox.errors import NsboxError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan, run_init
 from pytest_nsbox.kernel import libc, namespaces
 
@@ -109,12 +110,23 @@ def _fork_into_new(plan: InitPlan, fds: list[int]) -> int:
     """Fork the first process of new PID and time namespaces."""
     libc.unshare(libc.CLONE_NEWPID)
     if plan.order.uptime is not None:
-        libc.unshare(libc.CLONE_NEWTIME)
-        namespaces.set_uptime(plan.order.uptime)
+        _set_uptime(plan.order.uptime)
     pid = os.fork()
     if pid == 0:
         run_init(plan, fds)
     return pid
+
+
+def _set_uptime(seconds: float) -> None:
+    try:
+        libc.unshare(libc.CLONE_NEWTIME)
+        namespaces.set_uptime(seconds)
+    except OSError as error:
+        raise UnsupportedError(
+            f"uptime={seconds:g}: the clocks of a time namespace cannot be set here: "
+            f"{error.strerror}; it takes CAP_SYS_TIME (in a container: --cap-add SYS_TIME) and "
+            "a kernel with time namespaces"
+        ) from error
 
 
 def _fork_in_user_namespace(plan: InitPlan, fds: list[int]) -> int:
@@ -149,7 +161,7 @@ def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> NoReturn:
         wire.send(zygote, {})
         if wire.receive(zygote) is not None:
             wire.send(zygote, {"pid": _fork_into_new(plan, fds)})
-    except OSError as error:
+    except (NsboxError, OSError) as error:
         wire.send(zygote, {"error": wire.dump_error(error)})
     finally:
         os._exit(0)
