@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from _pytest import runner, skipping
-from _pytest.runner import CallInfo, check_interactive_exception, get_reraise_exceptions
+from _pytest.runner import CallInfo, check_interactive_exception
 
 from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin import luggage
@@ -197,7 +197,9 @@ class _Visit:
     # ------------------------------------------------------------------ parts
 
     def _try(self, function: Callable[[], None], when: Any) -> CallInfo[None]:
-        reraise = get_reraise_exceptions(self.item.config)
+        reraise: tuple[type[BaseException], ...] = (pytest.exit.Exception,)
+        if not self.item.config.getoption("usepdb", False):
+            reraise += (KeyboardInterrupt,)
         return CallInfo.from_call(function, when=when, reraise=reraise)
 
     def _own_report(self, call: CallInfo[Any], log: bool) -> pytest.TestReport:
