@@ -125,6 +125,7 @@ def build(
     Raises an NsboxError, and leaves nothing, when a step fails.
     """
     container = Container(id, order, Undo())
+    abandon = contextlib.ExitStack()  # what is the session's if all goes well
     try:
         for join in interfaces:
             interface = join()
@@ -140,7 +141,7 @@ def build(
             cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
         container.own_files = OwnFiles(order.hostname, plan.hosts, plan.resolv_conf).texts()
-        session = _fork(container, plan, workshop.zygote)
+        session = _fork(container, plan, workshop.zygote, abandon)
         _wire(container)
         ready, (container.scratch,) = _await(container, "ready")
         container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
@@ -149,9 +150,11 @@ def build(
             interface.bridge.hub.netlink.settle(interface.port)
     except OSError as error:
         failed = SetupError(f"container {order.name!r}: {error.strerror or error}")
+        abandon.close()
         container.undo.run_after(failed)
         raise failed from error
     except BaseException as error:
+        abandon.close()
         container.undo.run_after(error)
         raise
     return container, session
@@ -250,10 +253,13 @@ def _inside_requests(container: Container) -> list[Request]:
     return requests
 
 
-def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> socket.socket:
+def _fork(
+    container: Container, plan: InitPlan, zygote: Zygote, abandon: contextlib.ExitStack
+) -> socket.socket:
     """Have PID 1 forked; returns the session's line to it."""
     ours, launcher_end = wire.pair()
     session_end, init_end = wire.pair()
+    abandon.callback(session_end.close)
     container.init = ours
     container.undo.push("close init's socket", ours.close)
     with contextlib.ExitStack() as opened:
