@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, SetupError, UnsupportedError
+from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan
 from pytest_nsbox.init.tree import OwnFiles
 from pytest_nsbox.kernel import cgroup, link

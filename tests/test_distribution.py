@@ -1,0 +1,65 @@
+"""Workers of pytest-xdist: on one machine, and on machines of their own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.audit import Snapshot
+
+XDIST = ("-p", "xdist.plugin", "-p", "no:cacheprovider")
+SOURCE = """
+    import os, pytest
+
+    @pytest.mark.parametrize("n", range(8))
+    def test_each_has_the_first_address(nsbox_container, n):
+        assert nsbox_container.ip == "172.27.0.2"
+        nsbox_container.popen(["python3", "-m", "http.server", "80"])
+        nsbox_container.wait_for_port(80)
+        nsbox_container.connect(80).close()
+
+    @pytest.mark.sandbox(memory="64M", pids=32)
+    @pytest.mark.parametrize("n", range(4))
+    def test_inside(n):
+        with open("/etc/hostname") as file:
+            assert file.read() == "nsbox1\\n"
+
+    def test_where(record_property):
+        record_property("net", os.readlink("/proc/self/ns/net"))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_of_one_machine_use_the_same_addresses_at_once(
+    pytester: pytest.Pytester, workers: int, nothing_left: Snapshot
+) -> None:
+    pytester.makepyfile(SOURCE)
+    result = pytester.runpytest_subprocess(*XDIST, f"-n{workers}")
+    result.assert_outcomes(passed=13)
+
+
+def test_workers_on_machines_of_their_own(
+    pytester: pytest.Pytester, nothing_left: Snapshot
+) -> None:
+    """A machine is namespaces of its own here: network, mounts, processes, host name."""
+    machine = Path(pytester.path, "machine")
+    machine.write_text(
+        "#!/bin/sh\n"
+        "exec unshare -m -n -p -u -i --fork --kill-child --mount-proc sh -c "
+        "'hostname other; ip link set lo up; mount -t tmpfs none /run; exec \"$@\"' sh "
+        f'{sys.executable} "$@"\n'
+    )
+    machine.chmod(0o755)
+    pytester.makepyfile(
+        SOURCE
+        + """
+    def test_it_is_another_machine():
+        assert os.uname().nodename == "other"
+        assert os.listdir("/run") in ([], ["nsbox"])
+    """
+    )
+    tx = f"--tx=2*popen//python={machine}"
+    result = pytester.runpytest_subprocess(*XDIST, tx, "--dist=load")
+    result.assert_outcomes(passed=14)
