@@ -30,6 +30,7 @@ class Ticket:
     own_time: bool
     own_user: bool
     capabilities: frozenset[str] | None  # None: privileged
+    rootless: bool = False  # the caller has no power of its own over the container
 
     def close(self) -> None:
         for fd in (self.pidfd, *self.cgroup_procs):
@@ -49,6 +50,8 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
     starts in, or the root where it does not exist inside. Raises OSError.
     """
     confined = ticket.confinement()
+    if ticket.rootless:
+        return _fork_by_a_middleman(ticket, lambda: _child(ticket, confined, body, cwd))
     with _children_in(ticket.pidfd) as own:
         with warnings.catch_warnings():
             # of threads, which do not come along: what the child does is the test's own business
@@ -70,7 +73,7 @@ def _child(
             os.write(fd, b"0")
         kinds = ["mnt", "ipc", "uts", "cgroup"]
         kinds += ["net"] * ticket.own_network + ["time"] * ticket.own_time
-        kinds += ["user"] * ticket.own_user
+        kinds += ["user"] * (ticket.own_user and not ticket.rootless)
         flags = 0
         for kind in kinds:
             flags |= FLAGS[kind]
@@ -98,3 +101,52 @@ def _children_in(pidfd: int) -> Iterator[int]:
     finally:
         libc.setns(own, FLAGS["pid"])
         os.close(own)
+
+
+def _fork_by_a_middleman(ticket: Ticket, child: Callable[[], NoReturn]) -> int:
+    """The same for an ordinary user, whose power over the container is that of the user namespace
+    it is in, which a process cannot leave again: one between enters, forks the child and ends.
+
+    The caller is the subreaper that the child then comes to (prctl(2)). Only with that done does
+    the child go on, or the death of its parent would be its own.
+    """
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    go, let_go = os.pipe2(os.O_CLOEXEC)
+    was = libc.is_child_subreaper()
+    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        between = os.fork()
+        if between == 0:
+            _between(ticket, tell, (go, let_go), child)
+        os.close(tell)
+        answer = os.read(told, 256).decode()
+        os.waitpid(between, 0)
+        if not answer.startswith("pid "):
+            number, _, text = answer.partition(" ")
+            raise OSError(int(number or 104), text or "the way into the container ended early")
+        os.write(let_go, b"\n")
+    finally:
+        if not was:
+            libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 0)
+        for fd in (told, go, let_go):
+            os.close(fd)
+    return int(answer.removeprefix("pid "))
+
+
+def _between(
+    ticket: Ticket, tell: int, gate: tuple[int, int], child: Callable[[], NoReturn]
+) -> NoReturn:
+    try:
+        libc.setns(ticket.pidfd, FLAGS["user"] | FLAGS["pid"])
+        pid = os.fork()
+        if pid == 0:
+            os.close(tell)
+            os.close(gate[1])
+            if os.read(gate[0], 1):
+                child()
+            os._exit(127)
+        os.write(tell, f"pid {pid}".encode())
+    except OSError as error:
+        os.write(tell, f"{error.errno} {error.strerror}".encode())
+    finally:
+        os._exit(0)

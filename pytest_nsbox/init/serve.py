@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.init.users import find_user
-from pytest_nsbox.kernel import libc
+from pytest_nsbox.errors import NsboxError, UnsupportedError
+from pytest_nsbox.init.users import User, find_user
+from pytest_nsbox.kernel import libc, userns
 from pytest_nsbox.wire import Message
 
 
@@ -57,7 +58,7 @@ class Server:
                 answer = -1
         except OSError as error:
             _answer(answer, wire.dump_oserror(error))
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, NsboxError) as error:
             _answer(answer, {"error": wire.dump_error(error)})
         finally:
             wire.close_all(fds)
@@ -212,7 +213,7 @@ def _spawn(message: Message, stdin: int, stdout: int, stderr: int, others: list[
         env.setdefault("HOME", found.home)
         if message.get("set_home"):
             env["HOME"] = found.home
-        identity = {"user": found.uid, "group": found.gid, "extra_groups": found.groups}
+        identity = _identity(found)
     cwd = str(message["cwd"])
     if message.get("cwd_optional") and not os.path.isdir(cwd):
         cwd = "/"
@@ -229,6 +230,21 @@ def _spawn(message: Message, stdin: int, stdout: int, stderr: int, others: list[
     )
     process.returncode = 0  # it is reaped here, not by the Popen object
     return process.pid
+
+
+def _identity(user: User) -> dict[str, Any]:
+    """What makes a command a user's. Raises UnsupportedError for one who is nobody here."""
+    if not userns.maps("uid", user.uid) or not userns.maps("gid", user.gid):
+        raise UnsupportedError(
+            f"user {user.uid}:{user.gid} is not mapped in this container's user namespace: as an "
+            "ordinary user without subordinate ids there is root alone; get some (usermod "
+            "--add-subuids 100000-165535 --add-subgids 100000-165535 NAME, package uidmap) or run "
+            "pytest as root"
+        )
+    identity: dict[str, Any] = {"user": user.uid, "group": user.gid}
+    if userns.may_set_groups():
+        identity["extra_groups"] = [id for id in user.groups if userns.maps("gid", id)]
+    return identity
 
 
 def _reaper(message: Message, fds: list[int], answer: int) -> int:

@@ -26,6 +26,7 @@ class InitPlan:
     """All that init has to know: plain data."""
 
     order: Order
+    userns: bool  # whether mounts are made in a user namespace, the container's or one above
     layer: str | None  # the directory on disk for what is written; None: memory
     resolv_conf: str
     hosts: str
@@ -69,7 +70,7 @@ def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
 
 
 def _leave_the_zygote(plan: InitPlan, keep: list[int]) -> None:
-    if not plan.order.userns:  # there the parent is one that is about to end
+    if not plan.userns:  # there the parent is one that is about to end
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.set_process_name("nsbox-init")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
@@ -98,7 +99,9 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
     # after joining: what a cgroup namespace shows as its root is the group of who unshares
     libc.unshare(libc.CLONE_NEWCGROUP)
     libc.sethostname(order.hostname)
-    steps = file_tree(order, plan.layer, plan.resolv_conf, plan.hosts, plan.cgroups)
+    steps = file_tree(
+        order, plan.layer, plan.resolv_conf, plan.hosts, plan.cgroups, in_userns=plan.userns
+    )
     mounts.run(steps[:-1])
     # the one way to what the container writes, for the launcher: from inside there is none
     scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

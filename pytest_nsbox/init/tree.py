@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_nsbox.kernel import userns
 from pytest_nsbox.kernel.libc import (
     MS_BIND,
     MS_NODEV,
@@ -20,6 +21,7 @@ from pytest_nsbox.kernel.libc import (
 )
 from pytest_nsbox.kernel.mounts import (
     BindMount,
+    CopyFile,
     LikeDir,
     MakeDir,
     MakeSymlink,
@@ -73,29 +75,32 @@ def file_tree(
     resolv_conf: str,
     hosts: str,
     cgroups: tuple[str, ...] | None,
+    *,
+    in_userns: bool,
 ) -> list[Step]:
     """The steps from the host's root to the container's.
 
     `layer` is the directory on disk that holds what the container writes; without one it is
     written to memory. `cgroups` are the mount options of the v1 hierarchies to show, none of them
-    for v2, or None where there are no cgroups.
+    for v2, or None where there are no cgroups. `in_userns` says that mounts are made in a user
+    namespace.
     """
     host_mounts = [] if order.layers else _mounts.now()
     where = OLD + layer if layer else LAYER
     own_files = OwnFiles(order.hostname, hosts, resolv_conf)
     steps = [*_scratch(order), *_own_directories(where)]
-    if order.userns and not order.layers:
+    if in_userns and not order.layers:
         steps += _host_by_directory(host_mounts, where, own_files)
     else:
-        steps += _one_overlay(order, where, own_files)
-    if not order.userns and not order.layers:
+        steps += _one_overlay(order, where, own_files, in_userns)
+    if not in_userns and not order.layers:
         steps += _other_filesystems(host_mounts, where)
-    steps += _proc_and_sys(order)
+    steps += _proc_and_sys(order, in_userns)
     steps += _cgroups(cgroups)
     steps += _dev()
     steps.append(BindMount(where + "/tmp", NEW + "/tmp", flags=MS_NOSUID | MS_NODEV))
     steps.append(BindMount(RUN, NEW + "/run", flags=MS_NOSUID | MS_NODEV))
-    steps += _shown(order, where)
+    steps += _shown(order, where, in_userns)
     if order.read_only:
         roots = [step.target for step in steps if isinstance(step, (Overlay, SubOverlay))]
         steps += [ReadOnly(path, bind=False) for path in dict.fromkeys([NEW, *roots])]
@@ -169,7 +174,7 @@ class OwnFiles:
             yield WriteFile(etc + path.removeprefix("/etc"), text)
 
 
-def _one_overlay(order: Order, where: str, own_files: OwnFiles) -> Iterator[Step]:
+def _one_overlay(order: Order, where: str, own_files: OwnFiles, in_userns: bool) -> Iterator[Step]:
     """The root is one overlay: the layers, or the host's root, below what is written."""
     upper = where + "/upper"
     yield LikeDir(upper, OLD + (order.layers[-1] if order.layers else ""))
@@ -180,7 +185,7 @@ def _one_overlay(order: Order, where: str, own_files: OwnFiles) -> Iterator[Step
     yield LikeDir(f"{upper}/etc", OLD + _top_with(order.layers, "/etc"))
     yield from own_files.steps(f"{upper}/etc")
     lower = [OLD + directory for directory in reversed(order.layers)] or [OLD]
-    yield Overlay(tuple(lower), upper, where + "/work", NEW, order.userns)
+    yield Overlay(tuple(lower), upper, where + "/work", NEW, in_userns)
 
 
 def _host_by_directory(
@@ -207,11 +212,17 @@ def _host_by_directory(
             continue
         if os.path.islink(path):
             yield MakeSymlink(os.readlink(path), NEW + path)
+        elif not os.access(path, os.R_OK):
+            # of root's own, which root inside is not: its directory is there, empty
+            if os.path.isdir(path):
+                yield LikeDir(NEW + path, OLD + path)
         elif path in below:
             yield LikeDir(NEW + path, OLD + path)
             waiting += [f"{path}/{name}" for name in sorted(os.listdir(path))]
-        else:
+        elif os.path.isdir(path):
             yield SubOverlay(OLD + path, f"{where}/host{path}", NEW + path, user=True)
+        else:
+            yield CopyFile(OLD + path, NEW + path)
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -240,7 +251,7 @@ def _below(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(root + "/") for root in roots)
 
 
-def _shown(order: Order, where: str) -> Iterator[Step]:
+def _shown(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
     """What of the host's /tmp and /run has to be seen all the same."""
     seen: list[str] = []
     for path in sorted(order.visible):
@@ -248,18 +259,22 @@ def _shown(order: Order, where: str) -> Iterator[Step]:
             continue
         seen.append(path)
         scratch = f"{where}/visible{len(seen)}"
-        yield SubOverlay(OLD + path, scratch, NEW + path, user=order.userns)
+        yield SubOverlay(OLD + path, scratch, NEW + path, user=in_userns)
     for path in sorted(order.passthrough):
         yield BindMount(OLD + path, NEW + path, recursive=True)
 
 
-def _proc_and_sys(order: Order) -> Iterator[Step]:
+def _proc_and_sys(order: Order, in_userns: bool) -> Iterator[Step]:
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     yield Mount("proc", NEW + "/proc", "proc", flags)
-    yield Mount("sysfs", NEW + "/sys", "sysfs", flags | MS_RDONLY)
+    if in_userns and not order.own_network:
+        # it shows a network namespace, and that has to be of the user namespace (sysfs(5))
+        yield BindMount(OLD + "/sys", NEW + "/sys", read_only=True, recursive=True)
+    else:
+        yield Mount("sysfs", NEW + "/sys", "sysfs", flags | MS_RDONLY)
     if order.network != "host":
         for name, value in (
-            ("net.ipv4.ping_group_range", "0 2147483647"),
+            ("net.ipv4.ping_group_range", f"0 {min(userns.highest('gid'), 2147483647)}"),
             ("net.ipv4.ip_unprivileged_port_start", "0"),
         ):
             yield SetSysctl(name, value, NEW, optional=True)
@@ -273,6 +288,9 @@ def prepare_tree(cgroups: tuple[str, ...] | None) -> None:
     _dev()
     _cgroups(cgroups)
     _present_on_this_kernel()
+    userns.is_complete()  # while /proc is to be seen
+    userns.overflow_ids()
+    userns.highest("gid")
 
 
 _mounts = MountWatch()
@@ -301,13 +319,14 @@ def _dev() -> list[Step]:
     dev = NEW + "/dev"
     devices = [*DEVICES, *(["net/tun"] if os.path.exists("/dev/net/tun") else [])]
     quiet = MS_NOSUID | MS_NOEXEC
+    tty = ",mode=0620,gid=5" if userns.maps("gid", 5) else ",mode=0600"
     return [
         # nodev: a node that a test makes here must not be a way to the host's devices; the
         # bound ones keep the flags of where they come from
         Mount("dev", dev, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k"),
         *(BindMount(f"{OLD}/dev/{name}", f"{dev}/{name}") for name in devices),
         MakeDir(dev + "/pts"),
-        Mount("devpts", dev + "/pts", "devpts", quiet, "newinstance,ptmxmode=0666,mode=0620,gid=5"),
+        Mount("devpts", dev + "/pts", "devpts", quiet, "newinstance,ptmxmode=0666" + tty),
         MakeDir(dev + "/shm"),
         Mount("shm", dev + "/shm", "tmpfs", quiet | MS_NODEV, "mode=1777"),
         MakeDir(dev + "/mqueue"),

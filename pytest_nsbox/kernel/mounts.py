@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
+import shutil
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel import libc, userns
 from pytest_nsbox.kernel.libc import (
     MNT_DETACH,
     MS_BIND,
@@ -138,6 +141,29 @@ class SubOverlay:
             Overlay((self.lower,), upper, work, self.target, self.user).do()
         except OSError:
             BindMount(self.lower, self.target, read_only=True).do()
+
+
+@dataclass(frozen=True)
+class CopyFile:
+    """A copy of a small regular file; anything else, or one that cannot be read, shows
+    read-only."""
+
+    source: str
+    target: str
+    largest: int = 1 << 20
+
+    def describe(self) -> str:
+        return f"copy {self.source} to {self.target}"
+
+    def do(self) -> None:
+        try:
+            found = os.lstat(self.source)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > self.largest:
+                raise OSError(errno.EFBIG, self.describe())
+            shutil.copyfile(self.source, self.target, follow_symlinks=False)
+            copy_owner(self.source, self.target)
+        except OSError:
+            BindMount(self.source, self.target, read_only=True).do()
 
 
 @dataclass(frozen=True)
@@ -287,10 +313,18 @@ def escape(path: str) -> str:
 def copy_owner(source: str, target: str) -> None:
     """Give `target` the owner and the mode of `source`."""
     found = os.stat(source)
-    if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+    owner = (found.st_uid, found.st_gid)
+    if owner != (os.geteuid(), os.getegid()) and not _is_nobodys(*owner):
         with contextlib.suppress(PermissionError):
-            os.chown(target, found.st_uid, found.st_gid)
+            os.chown(target, *owner)
     os.chmod(target, found.st_mode & 0o7777)
+
+
+def _is_nobodys(uid: int, gid: int) -> bool:
+    """Whether an owner is one that the user namespace does not map: root's copy is root's."""
+    return not userns.is_complete() and (
+        uid == userns.overflow_ids()[0] or gid == userns.overflow_ids()[1]
+    )
 
 
 def make_mount_point(path: str, directory: bool) -> None:

@@ -3,12 +3,22 @@
 import json
 import sys
 
+from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.launcher.janitor import Janitor
+from pytest_nsbox.launcher.standing import Standing, take_standing
 from pytest_nsbox.launcher.zygote import Zygote
 
+refusal: UnsupportedError | None = None
+standing = Standing()
+try:
+    standing = take_standing()
+except UnsupportedError as error:
+    refusal = error
+# these are in the user namespace, where there is one
 zygote, janitor = Zygote.start(), Janitor.start()
 
 # after the forks: this is most of what a child would have to copy
 from pytest_nsbox.launcher.server import main  # noqa: E402
 
-sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), zygote, janitor))
+options = json.loads(sys.argv[3])
+sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), options, refusal or standing, zygote, janitor))

@@ -112,6 +112,7 @@ class Workshop:
     zygote: Zygote
     janitor: Janitor
     no_cgroups: str = ""  # why there are none
+    rootless: bool = False  # every mount is made in a user namespace
 
 
 def build(
@@ -135,6 +136,7 @@ def build(
         layer = _layer_on_disk(container, workshop)
         plan = InitPlan(
             order=_bounded(order),
+            userns=order.userns or workshop.rootless,
             layer=layer,
             resolv_conf=names.resolv_conf(order.dns, _reach(container)),
             hosts=names.hosts(known_names(container), order.hosts),

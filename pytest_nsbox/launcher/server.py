@@ -32,6 +32,7 @@ from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.ports import forward_port
+from pytest_nsbox.launcher.standing import Standing
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.uplink import Host, Uplink
 from pytest_nsbox.launcher.worker import Work, stop
@@ -66,18 +67,23 @@ class Launcher:
         self._defaults: dict[bool, Bridge] = {}
         self._uplink: Uplink | None = None
 
-    def open(self, zygote: Zygote, janitor: Janitor) -> None:
+    def open(self, standing: Standing, zygote: Zygote, janitor: Janitor) -> None:
         """Leave the host's network namespace for the hub; find the cgroups; sweep."""
         state, cache = ledger.state_directory(), Path(self.options["cache"])
         ledger.sweep(state)
+        self.standing = standing
+        if standing.envoy is not None:
+            self.undo.push("end the envoy", standing.envoy.close)
         self.ledger = ledger.Ledger(state)
         self.undo.push("close the ledger", self.ledger.close)
         self.undo.push("remove layers that the janitor has not", self.ledger.remove_layers)
         self.undo.push("wait for the janitor", janitor.close)
         self.undo.push("end the zygote", zygote.close)
-        self.layer_cache = rootfs.LayerCache(cache)
+        self.layer_cache = rootfs.LayerCache(cache / standing.cache_name)
         self.host = Host()
-        self.workshop = Workshop(None, self.ledger, cache / "writable", zygote, janitor)
+        self.workshop = Workshop(
+            None, self.ledger, cache / "writable", zygote, janitor, rootless=standing.rootless
+        )
         try:
             driver = cgroup.detect(self.ledger.name)
             self.workshop.cgroups = driver
@@ -388,7 +394,8 @@ class Launcher:
         reply: Message = {
             "network": order.own_network,
             "time": order.uptime is not None,
-            "user": order.userns,
+            "user": order.userns or self.standing.rootless,
+            "rootless": self.standing.rootless,
             "capabilities": None if order.privileged else list(order.capabilities),
         }
         return reply, out
@@ -429,7 +436,8 @@ class Launcher:
     def describe(self, message: Message, fds: list[int]) -> Reply:
         """What was found on this host, for the report header."""
         driver = self.workshop.cgroups
-        return {"cgroups": driver.describe() if driver else self.workshop.no_cgroups}, []
+        cgroups = driver.describe() if driver else f"no limits: {self.workshop.no_cgroups}"
+        return {"cgroups": f"{self.standing.describe()}; {cgroups}"}, []
 
 
 OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
@@ -455,15 +463,22 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
 
 
 def main(
-    lifeline_fd: int, parent: int, options: dict[str, Any], zygote: Zygote, janitor: Janitor
+    lifeline_fd: int,
+    parent: int,
+    options: dict[str, Any],
+    standing: Standing | UnsupportedError,
+    zygote: Zygote,
+    janitor: Janitor,
 ) -> int:
     """Run a launcher for the process `parent`, whose end of a socket pair is `lifeline_fd`."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     launcher = Launcher(socket.socket(fileno=lifeline_fd), parent, options)
     signal.signal(signal.SIGTERM, lambda *_: launcher.lifeline.shutdown(socket.SHUT_RD))
+    if isinstance(standing, UnsupportedError):
+        return _refuse(launcher, standing)
     try:
-        launcher.open(zygote, janitor)
+        launcher.open(standing, zygote, janitor)
     except (NsboxError, OSError) as error:
         return _refuse(launcher, error)
     try:

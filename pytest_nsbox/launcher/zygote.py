@@ -13,12 +13,11 @@ import resource
 import signal
 import socket
 from collections.abc import Iterable
-from typing import NoReturn
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan, run_init
-from pytest_nsbox.kernel import libc, namespaces
+from pytest_nsbox.kernel import libc, namespaces, userns
 
 
 class Zygote:
@@ -95,8 +94,8 @@ def close_all_but(keep: Iterable[int]) -> None:
 
 
 def _fork(plan: InitPlan, fds: list[int]) -> int:
-    if plan.order.userns:
-        return _fork_in_user_namespace(plan, fds)
+    if plan.userns:
+        return _fork_by_one_between(plan, fds)
     with contextlib.ExitStack() as stack:
         # later children are not to be in the new ones
         for kind in ("pid",) if plan.order.uptime is None else ("pid", "time"):
@@ -129,12 +128,13 @@ def _set_uptime(seconds: float) -> None:
         ) from error
 
 
-def _fork_in_user_namespace(plan: InitPlan, fds: list[int]) -> int:
-    """The same below a new user namespace, whose owner every other namespace must be.
+def _fork_by_one_between(plan: InitPlan, fds: list[int]) -> int:
+    """The same where the zygote could not return: out of a new user namespace, whose own all the
+    others must be, nobody can; to the host's PID namespace only the host's root can.
 
-    A process cannot leave a user namespace again, so one between makes it, forks PID 1 and ends;
-    the zygote, a subreaper, is then PID 1's parent. All ids are mapped to themselves: files keep
-    their owners, and root inside has no capability outside.
+    So one between makes them, forks PID 1 and ends; the zygote, a subreaper, is then its parent.
+    In a user namespace all ids are mapped to themselves: files keep their owners, and root inside
+    has no capability outside.
     """
     ours, theirs = wire.pair()
     with ours, theirs:
@@ -143,11 +143,8 @@ def _fork_in_user_namespace(plan: InitPlan, fds: list[int]) -> int:
             _between(plan, fds, theirs)
         theirs.close()
         try:
-            wire.reply_of(ours)
-            for name in ("uid_map", "gid_map"):
-                with open(f"/proc/{between}/{name}", "w", encoding="ascii") as file:
-                    file.write("0 0 4294967295")
-            wire.send(ours, {})
+            if plan.order.userns:
+                _map_ids(between, ours)
             return int(wire.reply_of(ours)[0]["pid"])
         finally:
             ours.close()
@@ -155,12 +152,23 @@ def _fork_in_user_namespace(plan: InitPlan, fds: list[int]) -> int:
                 os.waitpid(between, 0)
 
 
-def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> NoReturn:
+def _map_ids(pid: int, asked: socket.socket) -> None:
+    """When it is in its user namespace, give it the ids that there are here."""
+    wire.reply_of(asked)
+    for kind in ("uid", "gid"):
+        with open(f"/proc/{pid}/{kind}_map", "w", encoding="ascii") as file:
+            file.write(userns.onto_itself(kind))
+    wire.send(asked, {})
+
+
+def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> None:
     try:
-        libc.unshare(libc.CLONE_NEWUSER)
-        wire.send(zygote, {})
-        if wire.receive(zygote) is not None:
-            wire.send(zygote, {"pid": _fork_into_new(plan, fds)})
+        if plan.order.userns:
+            libc.unshare(libc.CLONE_NEWUSER)
+            wire.send(zygote, {})
+            if wire.receive(zygote) is None:
+                return
+        wire.send(zygote, {"pid": _fork_into_new(plan, fds)})
     except (NsboxError, OSError) as error:
         wire.send(zygote, {"error": wire.dump_error(error)})
     finally:

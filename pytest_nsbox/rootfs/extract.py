@@ -109,7 +109,7 @@ class Extraction:
 
     def _attributes(self, path: bytes, member: TarInfo) -> None:
         # In this order: chown clears the setuid bits and the file capabilities.
-        os.lchown(path, member.uid, member.gid)
+        _set_owner(path, member.uid, member.gid)
         if not member.issym():
             os.chmod(path, stat.S_IMODE(member.mode))
         for key, value in member.pax_headers.items():
@@ -159,8 +159,21 @@ def _is_directory(path: bytes) -> bool:
         return False
 
 
+def _set_owner(path: bytes, uid: int, gid: int) -> None:
+    try:
+        os.lchown(path, uid, gid)
+    except OSError as error:
+        # an id that the user namespace does not map: the file is root's, as is all that is written
+        if error.errno != errno.EINVAL:
+            raise
+
+
 def _set_opaque(path: bytes) -> None:
-    os.setxattr(path, "trusted.overlay.opaque", b"y")
+    """By both names: an overlay in a user namespace reads the user's (`userxattr`), which says
+    nothing to others; only the host's root may write the other."""
+    os.setxattr(path, "user.overlay.opaque", b"y")
+    with suppress(PermissionError):
+        os.setxattr(path, "trusted.overlay.opaque", b"y")
 
 
 def _set_xattr(path: bytes, name: str, value: str) -> None:

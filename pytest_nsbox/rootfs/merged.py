@@ -61,4 +61,4 @@ def _lookup(layers: Sequence[str], parts: list[str]) -> str | None:
 
 
 def _is_opaque(path: str) -> bool:
-    return "trusted.overlay.opaque" in os.listxattr(path)
+    return not {"trusted.overlay.opaque", "user.overlay.opaque"}.isdisjoint(os.listxattr(path))

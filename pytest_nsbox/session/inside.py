@@ -49,6 +49,7 @@ class Inside:
             own_network=reply["network"],
             own_time=reply["time"],
             own_user=reply["user"],
+            rootless=reply["rootless"],
             capabilities=None if kept is None else frozenset(kept),
         )
         self._buffer = bytearray()
