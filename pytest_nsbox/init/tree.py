@@ -202,9 +202,9 @@ def _host_by_directory(
     yield BindMount(LAYER + "/root", NEW, flags=MS_NODEV)
     for name in REPLACED:
         yield MakeDir(NEW + name, 0o1777 if name == "/tmp" else 0o755)
-    etc = f"{where}/host/etc"
-    yield LikeDir(etc + "/upper", OLD + "/etc")
-    yield from own_files.steps(etc + "/upper")
+    etc = NEW + "/etc" if "/etc" in below else f"{where}/host/etc/upper"
+    yield LikeDir(etc, OLD + "/etc")
+    yield from own_files.steps(etc)
     waiting = [f"/{name}" for name in sorted(os.listdir("/"))]
     while waiting:
         path = waiting.pop()

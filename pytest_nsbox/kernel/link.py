@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
+import select
 import socket
 import struct
+import time
 from typing import Any
 
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
@@ -30,7 +33,7 @@ IFA_F_NODAD = 0x02
 NUD_PERMANENT, NUD_NOARP = 0x80, 0x40
 NTF_SELF, NTF_MASTER = 0x02, 0x04
 IFLA_OPERSTATE, IF_OPER_UP = 16, 6
-RTMGRP_LINK = 1
+RTMGRP_LINK, RTMGRP_IPV4_ROUTE = 1, 0x40
 _PATIENCE = 5.0  # seconds; the kernel's work queue takes at most one
 _MANY = 4096  # messages kept: the same addresses are given out again and again
 LOOPBACK = 1  # the index that lo has in every network namespace
@@ -225,6 +228,31 @@ class LinkSocket(Netlink):
                 watch.wait()
         finally:
             watch.close()
+
+
+class RouteWatch:
+    """Notices a default route that another process makes in this network namespace."""
+
+    def __init__(self, patience: float) -> None:
+        self._netlink = Netlink(groups=RTMGRP_LINK | RTMGRP_IPV4_ROUTE)
+        self._patience = patience
+
+    def wait_for_way_out(self, netlink: Netlink, maker: int) -> None:
+        """Wait for it. Raises OSError when `maker`, a pidfd, ends before or it takes too long."""
+        poll = select.poll()
+        poll.register(self._netlink.fileno(), select.POLLIN)
+        poll.register(maker, select.POLLIN)
+        deadline = time.monotonic() + self._patience
+        while default_route_device(netlink) is None:
+            ready = {fd for fd, _ in poll.poll(max(deadline - time.monotonic(), 0) * 1000)}
+            if maker in ready:
+                raise OSError(errno.ECHILD, "it has ended at once")
+            if not ready:
+                raise OSError(errno.ETIMEDOUT, f"no route in {self._patience:.0f} s")
+            self._netlink.wait()
+
+    def close(self) -> None:
+        self._netlink.close()
 
 
 def _operational(body: bytes) -> bool:

@@ -75,6 +75,9 @@ class Netlink:
     def close(self) -> None:
         self._socket.close()
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def wait(self) -> None:
         """Wait for a notification of the groups joined. Raises TimeoutError."""
         self._socket.recv(1 << 16)

@@ -138,7 +138,11 @@ def build(
             order=_bounded(order),
             userns=order.userns or workshop.rootless,
             layer=layer,
-            resolv_conf=names.resolv_conf(order.dns, _reach(container)),
+            resolv_conf=names.resolv_conf(
+                order.dns,
+                _reach(container),
+                next((i.bridge.hub.name_server for i in container.interfaces), None),
+            ),
             hosts=names.hosts(known_names(container), order.hosts),
             cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
@@ -167,7 +171,7 @@ def _reach(container: Container) -> str:
     bridges = [interface.bridge for interface in container.interfaces]
     if not bridges:
         return container.order.network
-    return "nat" if any(bridge.hub.internet for bridge in bridges) else "isolated"
+    return "nat" if any(bridge.hub.way_out for bridge in bridges) else "isolated"
 
 
 def known_names(container: Container) -> list[tuple[str, str]]:

@@ -22,6 +22,8 @@ class Hub:
 
     def __init__(self, *, internet: bool) -> None:
         self.internet = internet
+        self.way_out = False  # until there is an uplink
+        self.name_server: str | None = None  # where the uplink stands for the host's
         libc.unshare(libc.CLONE_NEWNET)
         self.netns = open_namespace("net")
         self.netlink = link.LinkSocket()

@@ -20,8 +20,9 @@ def hosts(names: Iterable[tuple[str, str]], extra: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def resolv_conf(dns: tuple[str, ...] | None, network: str) -> str:
-    """The name servers a container asks: those given, or the host's that it can reach."""
+def resolv_conf(dns: tuple[str, ...] | None, network: str, stand_in: str | None = None) -> str:
+    """The name servers a container asks: those given, or the host's that it can reach, or where
+    there are none the uplink's `stand_in` for them."""
     if dns is not None:
         return "".join(f"nameserver {address}\n" for address in dns)
     if network in ("none", "isolated"):
@@ -33,6 +34,8 @@ def resolv_conf(dns: tuple[str, ...] | None, network: str) -> str:
     upstream = _read(_SYSTEMD_UPSTREAM)
     if _reachable(upstream):
         return "\n".join(_kept(upstream, False)) + "\n"
+    if stand_in is not None:
+        return f"nameserver {stand_in}\n"
     return "# the host's name servers are on its loopback, out of reach from here; set dns=\n"
 
 

@@ -24,15 +24,17 @@ from pytest_nsbox.errors import (
     UnsupportedError,
 )
 from pytest_nsbox.kernel import cgroup, libc
-from pytest_nsbox.launcher import ledger, names
+from pytest_nsbox.launcher import ledger, names, tunnel
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
 from pytest_nsbox.launcher.changes import read_changes
 from pytest_nsbox.launcher.copying import copy_between
+from pytest_nsbox.launcher.envoy import Envoy
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.ports import forward_port
 from pytest_nsbox.launcher.standing import Standing
+from pytest_nsbox.launcher.tunnel import Tunnel
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.uplink import Host, Uplink
 from pytest_nsbox.launcher.worker import Work, stop
@@ -65,7 +67,8 @@ class Launcher:
         self.workers: dict[int, int] = {}  # pid: pidfd
         self._hubs: dict[bool, Hub] = {}
         self._defaults: dict[bool, Bridge] = {}
-        self._uplink: Uplink | None = None
+        self._uplink: Uplink | Tunnel | None = None
+        self._tunnel: tunnel.Choice | None = None  # rootless: what the uplink is or may be
 
     def open(self, standing: Standing, zygote: Zygote, janitor: Janitor) -> None:
         """Leave the host's network namespace for the hub; find the cgroups; sweep."""
@@ -249,13 +252,43 @@ class Launcher:
 
     def _new_bridge(self, name: str, subnet: Subnet, internet: bool) -> Bridge:
         if internet and self._uplink is None and self.options["uplink"] != "none":
-            self._uplink = Uplink(self.host, self._hub(True), self.ledger)
-            self.undo.push("close the uplink", self._uplink.close)
+            self._open_uplink()
         hub = self._hub(internet)
         mtu = self.host.mtu()
         bridge = Bridge.make(len(self.bridges) + 1, name, hub, subnet, mtu)
         self.bridges[bridge.id] = bridge
         return bridge
+
+    def _open_uplink(self) -> None:
+        hub, envoy = self._hub(True), self.standing.envoy
+        if envoy is None:
+            if self.options["uplink"] in tunnel.PROGRAMS:
+                raise UnsupportedError(
+                    f"--nsbox-uplink={self.options['uplink']} is for ordinary users; "
+                    "root has 'veth', and 'none'"
+                )
+            self._uplink = Uplink(self.host, hub, self.ledger)
+        else:
+            self._uplink = self._open_tunnel(envoy, hub)
+            if self._uplink is None:
+                return
+            hub.name_server = tunnel.NAME_SERVER
+        hub.way_out = True
+        self.undo.push("close the uplink", self._uplink.close)
+
+    def _open_tunnel(self, envoy: Envoy, hub: Hub) -> Tunnel | None:
+        """The first that works; where none was asked for by name, also none: then `describe` says
+        why, and what stays inside works."""
+        wanted = self.options["uplink"]
+        self._tunnel = self._tunnel or tunnel.choose(wanted)
+        while self._tunnel.programs:
+            try:
+                return Tunnel(self._tunnel.programs[0], envoy, hub, self.host.mtu())
+            except UnsupportedError as error:
+                if wanted != "auto":
+                    raise
+                self._tunnel = tunnel.Choice(self._tunnel.programs[1:], str(error))
+        return None
 
     @staticmethod
     def _joiner(bridge: Bridge, order: Order) -> Callable[[], Interface]:
@@ -437,7 +470,12 @@ class Launcher:
         """What was found on this host, for the report header."""
         driver = self.workshop.cgroups
         cgroups = driver.describe() if driver else f"no limits: {self.workshop.no_cgroups}"
-        return {"cgroups": f"{self.standing.describe()}; {cgroups}"}, []
+        found = [self.standing.describe(), cgroups]
+        if self.standing.rootless:
+            with contextlib.suppress(UnsupportedError):
+                self._tunnel = self._tunnel or tunnel.choose(self.options["uplink"])
+                found.append(self._tunnel.describe())
+        return {"host": "; ".join(found)}, []
 
 
 OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {

@@ -20,6 +20,7 @@ from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink
 from pytest_nsbox.launcher.hub import UPLINK, Hub
 from pytest_nsbox.launcher.ledger import Ledger
+from pytest_nsbox.launcher.tunnel import masquerade_in_hub
 from pytest_nsbox.launcher.undo import Undo
 
 # shared address space (RFC 6598), a /30 per session: no home or office network uses it
@@ -106,18 +107,9 @@ class Uplink:
         self._forward(host, name, ledger)
 
     def _masquerade_in_hub(self) -> None:
-        """Containers share the uplink's address; one network cannot reach another through
-        the hub."""
         rules = nft.Nft()
         self._undo.push("nft delete table ip nsbox", rules.close)
-        rules.commit(
-            nft.table("nsbox"),
-            nft.chain("nsbox", "postrouting", "nat", "postrouting", nft.PRIORITY_SRCNAT),
-            nft.rule("nsbox", "postrouting", nft.interface(nft.OIFNAME, UPLINK), nft.masquerade()),
-            nft.chain("nsbox", "forward", "filter", "forward", nft.PRIORITY_FILTER, nft.DROP),
-            nft.rule("nsbox", "forward", nft.interface(nft.OIFNAME, UPLINK), nft.accept()),
-            nft.rule("nsbox", "forward", nft.interface(nft.IIFNAME, UPLINK), nft.accept()),
-        )
+        rules.commit(*masquerade_in_hub())
 
     def _masquerade_on_host(self, host: Host, name: str, address: str) -> None:
         with host.entered():

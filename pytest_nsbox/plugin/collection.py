@@ -72,4 +72,17 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     ]
     if privileged:
         line += f"; PRIVILEGED, without confinement: {', '.join(privileged)}"
-    return [line]
+    if config.option.collectonly:
+        return [line]
+    return [line, f"nsbox: {_host(config)}"]
+
+
+def _host(config: pytest.Config) -> str:
+    """What this host gives and lacks, said before the first test."""
+    from pytest_nsbox.errors import NsboxError
+    from pytest_nsbox.plugin.boxes import boxes_of
+
+    try:
+        return boxes_of(config).session.describe()
+    except NsboxError as error:
+        return str(error)

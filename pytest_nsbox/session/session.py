@@ -65,7 +65,7 @@ class Session:
         """Start the launcher in the background, if it is not running."""
         if self._launcher is not None:
             return
-        check_host(self.uplink)
+        check_host()
         self._owner = os.getpid()
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as we do
         ours, theirs = wire.pair()
@@ -228,8 +228,8 @@ class Session:
         return Rootfs.from_wire(reply["rootfs"])
 
     def describe(self) -> str:
-        """One line on what this host gives."""
-        return str(self.request("describe")[0]["cgroups"])
+        """One line on what this host gives, and what it lacks."""
+        return str(self.request("describe")[0]["host"])
 
 
 def _is_path(source: str) -> bool:
@@ -242,7 +242,7 @@ def _cache_directory() -> str:
     return str(Path(home, "nsbox").absolute())
 
 
-def check_host(uplink: str = "auto") -> None:
+def check_host() -> None:
     """Raises UnsupportedError where no container can be made at all."""
     if sys.platform != "linux":
         raise UnsupportedError(
