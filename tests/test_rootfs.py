@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_nsbox import Bind, Container, Tmpfs, UnsupportedError
+from pytest_nsbox import Bind, Container, Tmpfs
+from tests.conftest import tool
 from tests.images import Images
 
 SOURCES = ["tree", "tarball", "docker_archive", "oci_archive", "oci_layout"]
@@ -208,11 +213,38 @@ def test_a_body_that_cannot_run_on_an_image_says_so(run_pytest: Any, images: Ima
     assert "pytest_nsbox/" not in result.stdout.str()
 
 
-def test_an_image_in_a_user_namespace_is_refused(
-    nsbox_container_factory: Any, images: Images
+def test_an_opaque_directory_hides_the_layers_below_also_in_a_user_namespace(
+    nsbox_container_factory: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(UnsupportedError, match="for the host's root"):
-        nsbox_container_factory(rootfs=images.tarball, userns=True)
+    """The overlay reads the mark by another name there."""
+    layers = []
+    for number, names in enumerate((["bin/sh", "both/old"], ["both/new", "both/.wh..wh..opq"])):
+        root = tmp_path / f"layer{number}"
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+        layers.append(root)
+    shutil.copy(tool("busybox"), layers[0] / "bin/sh")
+    (layers[0] / "bin/ls").symlink_to("sh")
+    manifest = []
+    with tarfile.open(tmp_path / "image.tar", "w") as image:
+        for root in layers:
+            with tarfile.open(tmp_path / f"{root.name}.tar", "w") as layer:
+                layer.add(root, ".")
+            image.add(tmp_path / f"{root.name}.tar", f"{root.name}.tar")
+            manifest.append(f"{root.name}.tar")
+        diff_ids = [
+            "sha256:" + hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+            for name in manifest
+        ]
+        config = {"config": {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+        rows = [{"Config": "config.json", "RepoTags": None, "Layers": manifest}]
+        for name, value in (("config.json", config), ("manifest.json", rows)):
+            (tmp_path / name).write_text(json.dumps(value))
+            image.add(tmp_path / name, name)
+    for userns in (False, True):
+        container = nsbox_container_factory(rootfs=tmp_path / "image.tar", userns=userns)
+        assert container.run(["ls", "/both"], check=True).stdout == "new\n"
 
 
 @pytest.mark.parametrize("userns", [False, True])

@@ -80,6 +80,8 @@ class BindMount:
         make_mount_point(self.target, os.path.isdir(self.source))
         recursive = MS_REC if self.recursive else 0
         libc.mount(self.source, self.target, None, MS_BIND | recursive)
+        if self.read_only and self.recursive:
+            libc.make_read_only(self.target)
         flags = self.flags | (MS_RDONLY if self.read_only else 0)
         if flags:  # a bind mount takes its flags in a second call (mount(2))
             # flags that the source's mount is locked to must be repeated, or it is EPERM
@@ -140,7 +142,8 @@ class SubOverlay:
         try:
             Overlay((self.lower,), upper, work, self.target, self.user).do()
         except OSError:
-            BindMount(self.lower, self.target, read_only=True).do()
+            # with what is mounted below, which is locked to it in a user namespace
+            BindMount(self.lower, self.target, read_only=True, recursive=True).do()
 
 
 @dataclass(frozen=True)
