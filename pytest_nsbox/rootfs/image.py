@@ -12,6 +12,7 @@ from typing import Any
 
 from pytest_nsbox.errors import RootfsError
 from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.rootfs import merged
 from pytest_nsbox.rootfs.cache import LayerCache, name_of
 from pytest_nsbox.rootfs.source import Kind, Source
 from pytest_nsbox.rootfs.store import Store, archive_store, directory_store
@@ -79,7 +80,7 @@ def _stack(layers: list[str]) -> tuple[str, ...]:
     for layer in reversed(layers):
         if layer not in kept:
             kept.append(layer)
-        if "trusted.overlay.opaque" in os.listxattr(layer):
+        if merged.is_opaque(layer):
             break
     return tuple(reversed(kept))
 

@@ -54,11 +54,12 @@ def _lookup(layers: Sequence[str], parts: list[str]) -> str | None:
                 break
             if not below or stat.S_ISDIR(status.st_mode):
                 below.append(path)
-            if not stat.S_ISDIR(status.st_mode) or _is_opaque(path):
+            if not stat.S_ISDIR(status.st_mode) or is_opaque(path):
                 break
         merged = below
     return merged[0] if merged else None
 
 
-def _is_opaque(path: str) -> bool:
+def is_opaque(path: str) -> bool:
+    """Whether a directory of a layer hides those below it, by either of the overlay's names."""
     return not {"trusted.overlay.opaque", "user.overlay.opaque"}.isdisjoint(os.listxattr(path))
