@@ -305,12 +305,15 @@ def _wire(container: Container) -> None:
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
     """The next word from init. Raises what it failed with."""
     assert container.init is not None
+    received = None
     try:
         received = wire.receive(container.init)
     except TimeoutError:
         raise OSError(110, f"init says nothing for {_PATIENCE:.0f} s") from None
     except ConnectionResetError:
-        received = None
+        # it has ended without reading our last word; its own is still to be had
+        with contextlib.suppress(ConnectionResetError):
+            received = wire.receive(container.init)
     if received is None:
         raise OSError(104, _how_init_ended(container))
     message, fds = received
