@@ -83,6 +83,8 @@ class Waiting:
             cwd=pytester.path,
             stdout=subprocess.PIPE,
             text=True,
+            # a shell starts what it puts into the background with this signal ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(write)
         with open(read) as ready:
@@ -128,6 +130,35 @@ def test_nothing_is_left_when_pytest_is_killed(
     run = waiting(source)
     run.process.send_signal(number)
     assert run.end()[0] == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGCHLD, signal.SIGPIPE, signal.SIGTERM])
+def test_a_signal_that_pytest_was_started_without_does_not_matter(
+    number: signal.Signals, pytester: pytest.Pytester, nothing_left: Snapshot
+) -> None:
+    """What is ignored stays ignored by those started later (signal(7)); a parent that ignores
+    SIGCHLD is told of no child's end."""
+    pytester.makepyfile(
+        f"""
+        import pytest
+
+        def test_beside(nsbox_container):
+            nsbox_container.publish(80)
+            done = nsbox_container.run("kill -{number:d} $$; echo still here", shell=True)
+            assert done.returncode == {-number if number != signal.SIGCHLD else 0}
+
+        @pytest.mark.sandbox(memory="64M")
+        def test_inside(): pass
+        """
+    )
+    done = subprocess.run(
+        command_line(),
+        cwd=pytester.path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_nothing_is_left_when_the_launcher_is_asked_to_end(

@@ -1,6 +1,7 @@
 """The helper process: python -m pytest_nsbox.launcher LIFELINE-FD PARENT-PID OPTIONS."""
 
 import json
+import signal
 import sys
 
 from pytest_nsbox.errors import UnsupportedError
@@ -8,6 +9,8 @@ from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.standing import Standing, take_standing
 from pytest_nsbox.launcher.zygote import Zygote
 
+# where the test process ignores it, so would this one, and could not wait for its children
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 refusal: UnsupportedError | None = None
 standing = Standing()
 try:

@@ -113,7 +113,10 @@ class Inside:
     def end(self) -> int:
         """Wait for the child; its exit code, negative for the signal that killed it."""
         self._container.bodies.remove(self)
-        _, status = os.waitpid(self.pid, 0)
+        try:
+            _, status = os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            status = 0  # SIGCHLD is ignored here, so the kernel has kept none (wait(2), NOTES)
         os.close(self.pidfd)
         self._socket.close()
         return os.waitstatus_to_exitcode(status)
