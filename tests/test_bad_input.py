@@ -117,12 +117,14 @@ def test_a_rootfs_that_cannot_be_one_says_why(
     with tarfile.open(shell_less, "w") as tar:
         tar.add(tmp_path / "hello", "bin/hello")
     for source, message in (
-        (tmp_path / "none.tar", "none.tar"),
-        (text, "text.tar"),
-        (shell_less, "has no /bin/sh"),
+        (tmp_path / "none.tar", "none.tar does not exist; a root filesystem is 'host', a dir"),
+        (text, "not a tar archive (bad header: invalid header); a root filesystem is"),
+        (shell_less, "has no /bin/sh: /bin/sh does not exist; a container needs one"),
     ):
         result = run_pytest("def test_it(nsbox_container): pass", f"--nsbox-rootfs={source}")
-        assert message in one_message(result)
+        report = one_message(result)
+        assert f"test_it.py::test_it: rootfs {str(source)!r}" in report
+        assert message in report
 
 
 def test_a_subnet_that_is_full_says_so(run_pytest: Run, nothing_left: Snapshot) -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def test_what_a_container_needs_is_mounted(nsbox_container: Container) -> None:
     for directory in ("/tmp", "/dev/shm", "/run/lock"):
         mode = nsbox_container.run(["stat", "-c%a", directory], check=True).stdout
         assert mode == "1777\n", directory
+
+
+@pytest.mark.parametrize("directory", ["/tmp", "/run"])
+def test_tmp_and_run_are_its_own(nsbox_container: Container, directory: str) -> None:
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        assert nsbox_container.run(["test", "-e", file.name]).returncode == 1
+    mounts = nsbox_container.read_text("/proc/mounts").splitlines()
+    options = [line.split()[3].split(",") for line in mounts if line.split()[1] == directory]
+    assert len(options) == 1
+    assert {"nosuid", "nodev"} <= set(options[0])
+    nsbox_container.write_text(f"{directory}/nsbox-was-here", "")
+    assert not os.path.exists(f"{directory}/nsbox-was-here")
 
 
 def test_dev_has_its_nodes_and_no_others(nsbox_container: Container) -> None:

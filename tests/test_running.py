@@ -143,6 +143,7 @@ def test_a_process_can_be_signalled_and_waited_for(nsbox_container: Container) -
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.1)
     process.terminate()
+    assert nsbox_container.wait_until(process.poll, timeout=10) == -signal.SIGTERM
     assert process.wait(timeout=10) == -signal.SIGTERM
     process.kill()  # once ended, this is nothing
 

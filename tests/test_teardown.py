@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_nsbox import Session
-from tests.audit import Snapshot
+from tests.audit import Snapshot, take
 from tests.conftest import command_line
 
 BEGIN = """
@@ -70,6 +70,22 @@ def test_nothing_is_left_by_a_run_that_ends_with(
     assert result.ret == STATUS.get(end, 1)
 
 
+def test_nothing_is_left_of_a_container_while_its_session_goes_on() -> None:
+    """Not even what the end of the session would take along."""
+
+    def come_and_go(session: Session) -> None:
+        with session.container(memory="64M", cpus=1, pids=50, cpuset="0") as container:
+            container.write_text("/etc/written", "x")
+            container.popen("setsid sleep 1000 & setsid sleep 1000", shell=True)
+            container.publish(80)
+
+    with Session() as session:
+        come_and_go(session)  # makes what belongs to the session
+        before = take()
+        come_and_go(session)
+        before.must_equal_soon()
+
+
 class Waiting:
     """A run of pytest in the middle of a test."""
 
@@ -83,6 +99,7 @@ class Waiting:
             cwd=pytester.path,
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,
             # a shell starts what it puts into the background with this signal ignored
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
@@ -114,8 +131,9 @@ def waiting(pytester: pytest.Pytester) -> Iterator[Callable[[str], Waiting]]:
 def test_nothing_is_left_by_ctrl_c(
     source: str, waiting: Callable[[str], Waiting], nothing_left: Snapshot
 ) -> None:
+    """A terminal sends it to every process of the foreground job."""
     run = waiting(source)
-    run.process.send_signal(signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGINT)
     status, output = run.end()
     assert status == pytest.ExitCode.INTERRUPTED, output
     assert "KeyboardInterrupt" in output
