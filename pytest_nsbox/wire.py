@@ -25,7 +25,7 @@ commands has it: they die with their PID 1, which has."""
 
 _PACKET = 32 << 10
 _LARGEST = 16 << 20
-_MOST_FDS = 64
+_MOST_FDS = 253  # SCM_MAX_FD: with more, sending fails (EINVAL)
 _IN_MEMFD = b"*"
 
 
@@ -54,12 +54,14 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
 
     Raises ValueError for what is no message: the other end is not to be trusted with more.
     """
-    payload, fds, _flags, _ = socket.recv_fds(
+    payload, fds, found, _ = socket.recv_fds(
         sock, _PACKET, _MOST_FDS, flags | socket.MSG_CMSG_CLOEXEC
     )
     if not payload:
         return None
     try:
+        if found & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            raise ValueError("some of its descriptors or bytes had no room; raise ulimit -n")
         if payload == _IN_MEMFD:
             memfd = fds.pop(0)
             try:

@@ -116,7 +116,7 @@ def setns(fd: int, flags: int) -> None:
 def mount(source: str, target: str, fstype: str | None, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     result = _libc.mount(
-        os.fsencode(source), os.fsencode(target), _path(fstype), flags, data.encode() or None
+        os.fsencode(source), os.fsencode(target), _path(fstype), flags, os.fsencode(data) or None
     )
     if result < 0:
         number = ctypes.get_errno()

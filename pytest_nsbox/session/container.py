@@ -223,7 +223,12 @@ class Container:
     def working_directory(self) -> str | None:
         if self.spec.cwd is not None:
             return self.spec.cwd
-        return os.getcwd() if self.rootfs.is_host else self.rootfs.cwd or "/"
+        if not self.rootfs.is_host:
+            return self.rootfs.cwd or "/"
+        try:
+            return os.getcwd()
+        except FileNotFoundError:  # it has been removed, so it is not inside either
+            return "/"
 
     def command(
         self,
