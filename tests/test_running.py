@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pytest_nsbox import CallError, CommandError, Container, ContainerDied
+from pytest_nsbox import CallError, CommandError, Container, ContainerDied, NsboxError
 from pytest_nsbox.session.process import Process
 
 
@@ -64,6 +64,19 @@ def test_what_cannot_be_started_raises_as_subprocess_does(nsbox_container: Conta
         nsbox_container.run(["true"], cwd="/nowhere")
     with pytest.raises(FileNotFoundError, match="no user 'nobody-here'"):
         nsbox_container.run(["true"], user="nobody-here")
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_what_no_process_can_have_is_refused_and_the_container_lives(
+    nsbox_container: Container, timeout: float | None
+) -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        nsbox_container.run(["true", "a\0b"], timeout=timeout)
+    with pytest.raises(NsboxError, match="null byte"):
+        nsbox_container.run(["true"], env={"A": "a\0b"}, timeout=timeout)
+    with pytest.raises(NsboxError, match="uid"):
+        nsbox_container.run(["true"], user=1 << 40, timeout=timeout)
+    nsbox_container.run(["true"], check=True, timeout=timeout)
 
 
 def test_a_timeout_kills_the_whole_tree(nsbox_container: Container) -> None:

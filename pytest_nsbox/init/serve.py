@@ -60,6 +60,8 @@ class Server:
             _answer(answer, wire.dump_oserror(error))
         except (LookupError, TypeError, ValueError, NsboxError) as error:
             _answer(answer, {"error": wire.dump_error(error)})
+        except Exception as error:  # whatever it is, PID 1 has to go on
+            _answer(answer, _failure(error))
         finally:
             wire.close_all(fds)
             if answer >= 0:
@@ -204,6 +206,12 @@ def _answer(fd: int, message: Message, *fds: int) -> None:
             return
 
 
+def _failure(error: Exception) -> Message:
+    if isinstance(error, OSError):
+        return wire.dump_oserror(error)
+    return {"error": wire.dump_error(error)}
+
+
 def _spawn(message: Message, stdin: int, stdout: int, stderr: int, others: list[int]) -> int:
     user = message.get("user")
     env = {str(key): str(value) for key, value in message["env"].items()}
@@ -256,8 +264,8 @@ def _reaper(message: Message, fds: list[int], answer: int) -> int:
     stdin, stdout, stderr, *others = fds
     try:
         main = _spawn(message, stdin, stdout, stderr, others)
-    except OSError as error:
-        _answer(answer, wire.dump_oserror(error))
+    except Exception as error:
+        _answer(answer, _failure(error))
         return 127
     wire.close_all(fds)
     _answer(answer, {"pid": main, "reaper": os.getpid()})

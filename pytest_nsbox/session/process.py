@@ -77,6 +77,8 @@ class Process(subprocess.Popen[Any]):
         if isinstance(args, (str, bytes, os.PathLike)):
             args = [args]
         args = [os.fsdecode(arg) for arg in args]
+        if any("\0" in arg for arg in args):
+            raise ValueError("embedded null byte")
         if shell:
             args = [os.fsdecode(executable or "/bin/sh"), "-c", *args]
         elif executable is not None:
