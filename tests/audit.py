@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import re
@@ -73,7 +74,8 @@ def _sysctls() -> set[str]:
     found = set()
     paths = glob.glob("/proc/sys/net/ipv[46]/conf/*/*forwarding")
     for path in [*paths, "/proc/sys/net/ipv4/ip_forward"]:
-        found.add(f"{path} {Path(path).read_text().strip()}")
+        with contextlib.suppress(FileNotFoundError):  # its device has just gone
+            found.add(f"{path} {Path(path).read_text().strip()}")
     return found
 
 

@@ -92,7 +92,7 @@ def directory_on_disk(tmp_path: Path) -> Iterator[Path]:
         if run_tool("stat", "-fc%T", where).strip() in ("tmpfs", "overlayfs"):
             where = tmp_path
             run_tool("modprobe", "brd", "rd_nr=1", f"rd_size={600 << 10}")
-            stack.callback(run_tool, "rmmod", "brd")
+            stack.callback(run_tool, "modprobe", "-r", "brd")
             run_tool("mkfs.ext4", "-q", "/dev/ram0")
             run_tool("mount", "/dev/ram0", where)
             stack.callback(run_tool, "umount", where)
