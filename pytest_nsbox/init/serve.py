@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import NsboxError, UnsupportedError
+from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.init.users import User, find_user
 from pytest_nsbox.kernel import libc, userns
 from pytest_nsbox.wire import Message
@@ -56,10 +56,6 @@ class Server:
             operation = _OPERATIONS[str(message.get("op"))]
             if operation(self, message, fds, answer):
                 answer = -1
-        except OSError as error:
-            _answer(answer, wire.dump_oserror(error))
-        except (LookupError, TypeError, ValueError, NsboxError) as error:
-            _answer(answer, {"error": wire.dump_error(error)})
         except Exception as error:  # whatever it is, PID 1 has to go on
             _answer(answer, _failure(error))
         finally:
