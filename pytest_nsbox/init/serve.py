@@ -6,6 +6,7 @@ out of sight.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -35,12 +36,17 @@ class Server:
     """What PID 1 knows: its children, and who waits for them."""
 
     children: dict[int, _Child] = field(default_factory=dict)
+    ending: list[int] = field(default_factory=list)  # sockets to tell when there is none left
 
     def reap(self) -> None:
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
+                while self.ending:
+                    fd = self.ending.pop()
+                    _answer(fd, {})
+                    os.close(fd)
                 return
             if pid == 0:
                 return
@@ -109,6 +115,14 @@ class Server:
         _answer(answer, {})
         return False
 
+    def terminate(self, message: Message, fds: list[int], answer: int) -> bool:
+        """SIGTERM for every process but this one; the answer comes when all have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGTERM)
+        self.ending.append(answer)
+        self.reap()
+        return True
+
     def open(self, message: Message, fds: list[int], answer: int) -> bool:
         """open(2) inside; the descriptor comes back."""
         path, flags = str(message["path"]), int(message["flags"])
@@ -141,6 +155,7 @@ _OPERATIONS: dict[str, Callable[[Server, Message, list[int], int], bool]] = {
     "kill_tree": Server.kill_tree,
     "open": Server.open,
     "socket": Server.socket,
+    "terminate": Server.terminate,
     "hosts": Server.hosts,
 }
 

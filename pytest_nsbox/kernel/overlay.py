@@ -12,6 +12,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from pytest_nsbox.kernel import userns
+
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # what an overlay or a security module of the host writes there itself
 _NOT_CONTENT = ("trusted.overlay.", "user.overlay.", "security.selinux", "security.evm")
@@ -101,7 +103,10 @@ class Layers:
                     continue
                 if not stat.S_ISDIR(found.status.st_mode):
                     break
-                fd = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
+                try:
+                    fd = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
+                except PermissionError:  # of another user's: it cannot be seen inside either
+                    break
                 opened.callback(os.close, fd)
                 directories.append(fd)
                 if found.is_opaque(self._user):
@@ -109,21 +114,32 @@ class Layers:
             yield Layers(directories, self._user)
 
 
-def same(one: Entry, other: Entry, *, attributes: bool = True) -> bool:
+def same(one: Entry, other: Entry, *, attributes: bool = True, times: bool = True) -> bool:
     """Whether two entries cannot be told apart, but for the time of a directory or a link."""
     a, b = one.status, other.status
-    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+    if a.st_mode != b.st_mode or _owner(a) != _owner(b):
         return False
     if attributes and one.attributes() != other.attributes():
         return False
     if stat.S_ISLNK(a.st_mode):
         return one.read_link() == other.read_link()
     if stat.S_ISREG(a.st_mode):
-        return (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns) and (
+        if times and a.st_mtime_ns != b.st_mtime_ns:
+            return False
+        return a.st_size == b.st_size and (
             # an overlay's file that has attributes only has the content of the one below
             one.mark("metacopy", False) is not None or same_content(one, other)
         )
     return a.st_rdev == b.st_rdev
+
+
+def _owner(status: os.stat_result) -> tuple[int, int]:
+    """Who owns a file; one whose owner is nobody in this user namespace is copied as root's."""
+    ids = (status.st_uid, status.st_gid)
+    if userns.is_complete():
+        return ids
+    nobody = userns.overflow_ids()
+    return (0 if ids[0] == nobody[0] else ids[0], 0 if ids[1] == nobody[1] else ids[1])
 
 
 def same_content(one: Entry, other: Entry) -> bool:

@@ -56,6 +56,7 @@ class Container:
     last: Stats | None = None  # taken before it was killed
     places: list[Place] = field(default_factory=list)  # where it can write
     scratch: int = -1  # the root of the filesystem in memory that keeps what it writes
+    host_ports: dict[int, tuple[str, int]] = field(default_factory=dict)  # where they are for it
     own_files: dict[str, str] = field(default_factory=dict)  # path: text
     until: float = 0.0  # when, on the monotonic clock, its death is waited for no longer
 
@@ -178,9 +179,10 @@ def known_names(container: Container) -> list[tuple[str, str]]:
     """The address and names of the container and of all it shares a network with."""
     own = container.order
     names_of_own = own.hostname if own.hostname == own.name else f"{own.hostname} {own.name}"
+    host = [(address, names.OF_THE_HOST) for address, _ in container.host_ports.values()][:1]
     if not container.interfaces:
-        return [("127.0.1.1", names_of_own)]
-    found = [(container.interfaces[0].ip, names_of_own)]
+        return [("127.0.1.1", names_of_own), *host]
+    found = [(container.interfaces[0].ip, names_of_own), *host]
     for interface in container.interfaces:
         for number, name in interface.bridge.members.items():
             if number != interface.number:

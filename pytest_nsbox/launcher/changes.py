@@ -83,10 +83,12 @@ class Reading:
 
     @staticmethod
     def _was_made(lower: Layers, name: str) -> bool:
-        """Of the host's own entries only links are made anew; others are mounted on, or not
-        shown at all."""
+        """Of the host's own entries links and small files are made anew; others are mounted on,
+        or not shown at all."""
         below = lower.find(name)
-        return below is not None and stat.S_ISLNK(below.status.st_mode)
+        if below is None or not stat.S_ISREG(below.status.st_mode):
+            return below is not None and stat.S_ISLNK(below.status.st_mode)
+        return os.access(name, os.R_OK, dir_fd=below.directory)
 
     def _entry(self, path: str, upper: int, name: str, lower: Layers, whole: bool) -> None:
         above = entry(upper, name)
@@ -104,7 +106,9 @@ class Reading:
         if below is None:
             if not (own_directory and is_directory):
                 self._add(path, "added")
-        elif not same(above, below, attributes=not own_directory):
+        elif not same(
+            above, below, attributes=not (own_directory or self._made), times=not self._made
+        ):
             self._add(path, "changed")
         if is_directory:
             whole = whole or above.is_opaque(self._user)
@@ -125,6 +129,25 @@ def open_upper(place: Place, scratch: int) -> int | None:
         return os.open(place.upper.lstrip("/"), OPEN_DIRECTORY, dir_fd=scratch)
     except FileNotFoundError:
         return None
+
+
+def write_upper(places: Iterable[Place], scratch: int, path: str, text: str) -> None:
+    """Write a file of nsbox's own below a root that is read-only, where nothing can have put a
+    link in the way."""
+    place = max(
+        (place for place in places if path.startswith(place.target.rstrip("/") + "/")),
+        key=lambda place: len(place.target),
+    )
+    upper = open_upper(place, scratch)
+    if upper is None:
+        return
+    try:
+        flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        name = path.removeprefix(place.target).lstrip("/")
+        with open(os.open(name, flags, dir_fd=upper), "w", encoding="utf-8") as file:
+            file.write(text)
+    finally:
+        os.close(upper)
 
 
 def _open_lower(path: str) -> int:

@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 
 HOSTS = "/etc/hosts"
+# the first is ours; the others are what users of Docker and Testcontainers have written down
+OF_THE_HOST = "host.nsbox.internal host.docker.internal host.testcontainers.internal"
 _SYSTEMD_UPSTREAM = "/run/systemd/resolve/resolv.conf"
 
 

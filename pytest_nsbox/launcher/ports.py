@@ -1,4 +1,5 @@
-"""A port of a container on the host's loopback: a small forwarding process per published port.
+"""A port of a container on the host's loopback, and one of the host's for a container: a small
+forwarding process for each.
 
 A process of its own, so that a slow client never keeps the launcher from its work.
 """
@@ -6,18 +7,20 @@ A process of its own, so that a slow client never keeps the launcher from its wo
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import mmap
 import os
-import selectors
+import select
 import signal
 import socket
 
 from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.launcher.build import Container
+from pytest_nsbox.launcher.forwarder import Forwarder, reach
+from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.worker import stop
-from pytest_nsbox.launcher.zygote import close_all_but
-
-_CHUNK = 1 << 18
+from pytest_nsbox.launcher.zygote import Zygote, close_all_but
 
 
 def forward_port(container: Container, listener: int, port: int, home: int) -> int:
@@ -25,6 +28,17 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
     inside = open_namespace("net", container.pid)
     ip = container.interfaces[0].ip if container.interfaces else None
     outside = container.interfaces[0].bridge.hub.netns if container.interfaces else inside
+
+    def connect() -> socket.socket | None:
+        """By the network, as a neighbour would; else to the container's own loopback."""
+        if ip is not None and (server := reach(ip, port)) is not None:
+            return server
+        libc.setns(inside, libc.CLONE_NEWNET)
+        try:
+            return reach("127.0.0.1", port)
+        finally:
+            libc.setns(outside, libc.CLONE_NEWNET)
+
     pid = os.fork()
     if pid == 0:
         try:
@@ -32,7 +46,7 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
             libc.set_process_name("nsbox-port")
             close_all_but({listener, inside, outside})
             libc.setns(outside, libc.CLONE_NEWNET)
-            _Forwarder(listener, ip, port, inside, outside).run()
+            Forwarder(listener, connect, bool).run()
         finally:
             os._exit(1)
     os.close(inside)
@@ -41,121 +55,90 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
     return pid
 
 
-class _Forwarder:
-    """Copies bytes both ways between each accepted connection and one to the container."""
+class HostPorts:
+    """Ports of the host's loopback for containers, each for those that asked for it.
 
-    def __init__(self, listener: int, ip: str | None, port: int, inside: int, outside: int) -> None:
-        self.listener = socket.socket(fileno=listener)
-        self.listener.setblocking(False)
-        self.ip, self.port, self.inside, self.outside = ip, port, inside, outside
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.listener, selectors.EVENT_READ, None)
+    On a network that is the gateway's port of the same number. Its neighbours share the gateway,
+    so who may come in is a table, in memory shared with the forwarding process. That one is a
+    fork of the zygote, which is still in the host's network namespace.
+    """
 
-    def run(self) -> None:
-        while True:
-            for key, events in self.selector.select():
-                if key.data is None:
-                    self._accept()
-                else:
-                    key.data.step(key.fileobj, events)
+    def __init__(self, zygote: Zygote) -> None:
+        self._zygote = zygote
+        self._open: dict[tuple[int, int], _HostPort] = {}  # by bridge and port
 
-    def _accept(self) -> None:
+    def expose(self, container: Container, port: int, home: int) -> tuple[str, int]:
+        """Make a port reachable from a container; returns where. Raises OSError (EADDRINUSE)."""
+        if port in container.host_ports:
+            return container.host_ports[port]
+        host = "127.0.0.1"
+        if container.interfaces:
+            interface = container.interfaces[0]
+            host = interface.bridge.subnet.gateway
+            self._at_gateway(container, interface, port, home)
+        elif container.order.own_network:
+            self._on_own_loopback(container, port, home)
+        container.host_ports[port] = (host, port)
+        return host, port
+
+    def _at_gateway(self, container: Container, interface: Interface, port: int, home: int) -> None:
+        bridge, number = interface.bridge, interface.number
+        opened = self._open.get((bridge.id, port))
+        if opened is None:
+            with bridge.hub.entered(home):
+                listener = socket.create_server((bridge.subnet.gateway, port), backlog=128)
+            with listener:
+                opened = _HostPort(self._zygote, listener, port, bridge.subnet.ipv4)
+            self._open[bridge.id, port] = opened
+        opened.allowed[number] = 1
+
+        def close() -> None:
+            opened.allowed[number] = 0
+            if opened.allowed.find(b"\1") < 0:
+                del self._open[bridge.id, port]
+                opened.close()
+
+        container.undo.push(f"close port {port} of the host", close)
+
+    def _on_own_loopback(self, container: Container, port: int, home: int) -> None:
+        inside = open_namespace("net", container.pid)
         try:
-            client, _ = self.listener.accept()
-        except OSError:
-            return
-        server = self._connect()
-        if server is None:
-            # refused inside, refused here: a reset, not an empty answer
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            client.close()
-            return
-        for sock in (client, server):
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _Connection(self.selector, client, server)
-
-    def _connect(self) -> socket.socket | None:
-        """By the network, as a neighbour would; else to the container's own loopback."""
-        if self.ip is not None:
-            with contextlib.suppress(OSError):
-                return socket.create_connection((self.ip, self.port), timeout=10)
-        libc.setns(self.inside, libc.CLONE_NEWNET)
-        try:
-            return socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        except OSError:
-            return None
+            libc.setns(inside, libc.CLONE_NEWNET)
+            try:
+                listener = socket.create_server(("127.0.0.1", port), backlog=128)
+            finally:
+                libc.setns(home, libc.CLONE_NEWNET)
         finally:
-            libc.setns(self.outside, libc.CLONE_NEWNET)
+            os.close(inside)
+        with listener:
+            pidfd = self._zygote.fork_forwarder(port, [listener.fileno()])
+        container.undo.push(f"close port {port} of the host", lambda: end(pidfd))
 
 
-class _Connection:
-    """Two sockets, and what has been read from each but not yet written to the other."""
+class _HostPort:
+    """One that several containers of a network may have asked for."""
 
     def __init__(
-        self, selector: selectors.BaseSelector, client: socket.socket, server: socket.socket
+        self, zygote: Zygote, listener: socket.socket, port: int, network: ipaddress.IPv4Network
     ) -> None:
-        self.selector = selector
-        self.other = {client: server, server: client}
-        self.pending = {client: b"", server: b""}  # to be written to the key
-        self.reading = {client, server}
-        for sock in self.other:
-            selector.register(sock, selectors.EVENT_READ, self)
-
-    def step(self, sock: socket.socket, events: int) -> None:
+        table = os.memfd_create("nsbox-allowed", os.MFD_CLOEXEC)
         try:
-            if events & selectors.EVENT_WRITE:
-                self._write(sock)
-            if events & selectors.EVENT_READ:
-                self._read(sock)
-            for each in self.other:
-                self._watch(each)
-        except OSError:
-            self._close()
-            return
-        if not self.reading and not any(self.pending.values()):
-            self._close()
+            os.ftruncate(table, network.num_addresses)
+            self.allowed = mmap.mmap(table, network.num_addresses)  # a byte for each host number
+            self._pidfd = zygote.fork_forwarder(port, [listener.fileno(), table], str(network))
+        finally:
+            os.close(table)
 
-    def _read(self, sock: socket.socket) -> None:
-        data = sock.recv(_CHUNK)
-        target = self.other[sock]
-        if data:
-            self.pending[target] += data
-            self._write(target)
-        else:
-            self.reading.discard(sock)
-            self._finish(target)
+    def close(self) -> None:
+        end(self._pidfd)
+        self.allowed.close()
 
-    def _write(self, sock: socket.socket) -> None:
-        if self.pending[sock]:
-            try:
-                sent = sock.send(self.pending[sock])
-            except BlockingIOError:
-                return
-            self.pending[sock] = self.pending[sock][sent:]
-        self._finish(sock)
 
-    def _finish(self, sock: socket.socket) -> None:
-        """The end of what one side says is passed on when all of it has been."""
-        if self.other[sock] not in self.reading and not self.pending[sock]:
-            sock.shutdown(socket.SHUT_WR)
-
-    def _watch(self, sock: socket.socket) -> None:
-        events = 0
-        if sock in self.reading and not self.pending[self.other[sock]]:
-            events |= selectors.EVENT_READ
-        if self.pending[sock]:
-            events |= selectors.EVENT_WRITE
-        registered = sock in self.selector.get_map()
-        if events and registered:
-            self.selector.modify(sock, events, self)
-        elif events:
-            self.selector.register(sock, events, self)
-        elif registered:
-            self.selector.unregister(sock)
-
-    def _close(self) -> None:
-        for sock in self.other:
-            with contextlib.suppress(KeyError, ValueError):
-                self.selector.unregister(sock)
-            sock.close()
+def end(pidfd: int) -> None:
+    """Kill a child of the zygote and wait until it has ended; the kernel reaps it."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
+    os.close(pidfd)

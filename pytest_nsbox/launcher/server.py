@@ -27,12 +27,12 @@ from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names, tunnel
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
-from pytest_nsbox.launcher.changes import read_changes
+from pytest_nsbox.launcher.changes import read_changes, write_upper
 from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.envoy import Envoy
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
-from pytest_nsbox.launcher.ports import forward_port
+from pytest_nsbox.launcher.ports import HostPorts, forward_port
 from pytest_nsbox.launcher.standing import Standing
 from pytest_nsbox.launcher.tunnel import Tunnel
 from pytest_nsbox.launcher.undo import Undo
@@ -84,6 +84,7 @@ class Launcher:
         self.undo.push("end the zygote", zygote.close)
         self.layer_cache = rootfs.LayerCache(cache / standing.cache_name)
         self.host = Host()
+        self.host_ports = HostPorts(zygote)
         self.workshop = Workshop(
             None, self.ledger, cache / "writable", zygote, janitor, rootless=standing.rootless
         )
@@ -118,7 +119,9 @@ class Launcher:
             if self.timers:
                 timeout = max(self.timers[0][0] - time.monotonic(), 0)
             for key, _ in self.selector.select(timeout):
-                key.data()
+                # what was done about one may have ended the interest in the next
+                if self.selector.get_map().get(key.fileobj) is key:
+                    key.data()
             self._expire()
 
     def close(self) -> None:
@@ -332,6 +335,9 @@ class Launcher:
         assert container.init is not None
         text = names.hosts(known_names(container), container.order.hosts)
         container.own_files[names.HOSTS] = text
+        if container.order.read_only:  # for its init, too
+            write_upper(container.places, container.scratch, names.HOSTS, text)
+            return
         mine, theirs = wire.pair()
         with mine, theirs, contextlib.suppress(OSError):
             # one that is paused does not read: nobody else is to wait for it
@@ -461,6 +467,18 @@ class Launcher:
         pid = forward_port(container, fds[0], int(message["port"]), self._hub(True).netns)
         return {"pid": pid}, []
 
+    def expose_host(self, message: Message, fds: list[int]) -> Reply:
+        """Make a port of the host's loopback reachable from a container."""
+        container = self._get(message)
+        if not container.alive:
+            raise ContainerDied("the container has ended")
+        try:
+            found = self.host_ports.expose(container, message["port"], self._hub(True).netns)
+        except OSError as error:
+            return wire.dump_oserror(error), []
+        self._write_hosts(container)
+        return {"address": found}, []
+
     def import_rootfs(self, message: Message, fds: list[int]) -> Reply:
         """Unpack a root filesystem into the cache, unless it is there already."""
         found = rootfs.resolve(str(message["source"]), self.layer_cache)
@@ -487,6 +505,7 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
         "describe",
         "destroy",
         "enter",
+        "expose_host",
         "freeze",
         "import_rootfs",
         "kill",

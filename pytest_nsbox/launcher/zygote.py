@@ -46,6 +46,13 @@ class Zygote:
         reply, received = wire.request(self._socket, {"plan": plan.to_wire()}, fds)
         return int(reply["pid"]), received[0]
 
+    def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:
+        """A process that forwards to a port of the host's loopback; returns a pidfd. `fds` are
+        the listening socket and the table of who in `network` may come in. Raises SetupError."""
+        message = {"forward": port, "network": network}
+        _, received = wire.request(self._socket, message, fds)
+        return received[0]
+
     def close(self) -> None:
         """End it, and wait until it has ended."""
         self._socket.close()
@@ -70,9 +77,12 @@ def _live(launcher: socket.socket) -> None:
         reply: wire.Message = {}
         pidfds: list[int] = []
         try:
-            plan = InitPlan.from_wire(message["plan"])
-            plan.prepare()
-            pid = _fork(plan, fds)
+            if "forward" in message:
+                pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
+            else:
+                plan = InitPlan.from_wire(message["plan"])
+                plan.prepare()
+                pid = _fork(plan, fds)
             reply = {"pid": pid}
             pidfds = [os.pidfd_open(pid)]
         except Exception as error:
@@ -82,6 +92,22 @@ def _live(launcher: socket.socket) -> None:
         with socket.socket(fileno=answer) as sock, contextlib.suppress(OSError):
             wire.send(sock, reply, pidfds)
         wire.close_all(pidfds)
+
+
+def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+            libc.set_process_name("nsbox-port")
+            close_all_but(fds)
+            from pytest_nsbox.launcher.forwarder import forward_to_loopback  # not for each init
+
+            gc.enable()
+            forward_to_loopback(fds[0], port, fds[1] if fds[1:] else None, network)
+        finally:
+            os._exit(1)
+    return pid
 
 
 def close_all_but(keep: Iterable[int]) -> None:

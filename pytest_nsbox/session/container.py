@@ -103,6 +103,13 @@ class Container:
         """Kill every process in it, at once. Its last state can still be asked for."""
         self._last, _ = self.session.request("kill", id=self.id)
 
+    def stop(self, timeout: float = 10) -> None:
+        """Ask every process in it to end, by SIGTERM, and kill what is left after `timeout`
+        seconds. Its last state can still be asked for."""
+        with contextlib.suppress(ContainerDied, TimeoutError):
+            self.request_init({"op": "terminate"}, timeout=timeout)
+        self._last, _ = self.session.request("kill", id=self.id, reason="stopped")
+
     def pause(self) -> None:
         """Stop every process where it is (cgroups(7), freezer)."""
         self.session.request("freeze", id=self.id, frozen=True)
@@ -196,12 +203,13 @@ class Container:
         except (BrokenPipeError, ConnectionResetError, ConnectionRefusedError):
             raise self.why_dead() from None
 
-    def request_init(self, message: wire.Message) -> list[int]:
-        """Ask init and wait. Raises OSError as it was raised inside."""
+    def request_init(self, message: wire.Message, timeout: float | None = None) -> list[int]:
+        """Ask init and wait. Raises OSError as it was raised inside, TimeoutError."""
         mine, theirs = wire.pair()
         with mine:
             with theirs:
                 self.ask_init(message, [theirs.fileno()])
+            mine.settimeout(timeout)
             try:
                 _, fds = wire.reply_of(mine)
             except ContainerDied:
@@ -426,6 +434,26 @@ class Container:
             host, chosen = listener.getsockname()
             return str(host), int(chosen)
 
+    def expose_host(self, port: int) -> tuple[str, int]:
+        """Make a TCP server of the test, on the host's loopback, reachable from inside.
+
+        Returns (host, port) there: the gateway of its first network and the same port, also
+        where there is no way out; the names `host.nsbox.internal` and, as elsewhere,
+        `host.docker.internal` and `host.testcontainers.internal` stand for that host. With
+        `network="none"` it is the container's own loopback. Its neighbours are refused. Nothing
+        else of the host's loopback is reachable, and this only until the container ends.
+
+        The server need not listen yet. Raises OSError (EADDRINUSE) with `network="none"`.
+        """
+        if not 0 < int(port) < 1 << 16:
+            raise SpecError(f"port {port!r} is not a number from 1 to 65535")
+        try:
+            reply, _ = self.session.request("expose_host", id=self.id, port=int(port))
+        except ContainerDied as error:
+            raise (self.death() or error) from None
+        host, chosen = reply["address"]
+        return str(host), int(chosen)
+
     def wait_for_port(
         self, port: int, *, process: Process | None = None, timeout: float = 30
     ) -> None:
@@ -436,12 +464,19 @@ class Container:
         """
         waiting.for_port(self, port, process, timeout)
 
-    def wait_until(self, condition: Callable[[], Any], *, timeout: float = 30) -> Any:
+    def wait_until(
+        self,
+        condition: Callable[[], Any],
+        *,
+        process: Process | None = None,
+        timeout: float = 30,
+    ) -> Any:
         """Call `condition` until it returns something true, which is returned.
 
-        Raises WaitError after `timeout` seconds, and at once when the container dies.
+        Raises WaitError after `timeout` seconds, and at once when the container dies or, where
+        it is given, `process` does, with the last that it wrote.
         """
-        return waiting.until(self, condition, timeout)
+        return waiting.until(self, condition, process, timeout)
 
     def wait_for_log(
         self, text: str, *, process: Process | None = None, timeout: float = 30

@@ -50,16 +50,22 @@ def for_log(container: Container, text: str, process: Process | None, timeout: f
     raise WaitError(f"{text!r} was not written within {timeout:g} s; {describe_end(process)}")
 
 
-def until(container: Container, condition: Callable[[], Any], timeout: float) -> Any:
+def until(
+    container: Container, condition: Callable[[], Any], process: Process | None, timeout: float
+) -> Any:
     """Until a condition is true."""
-    for _ in _looks(timeout, None, container.pidfd):
+    for _ in _looks(timeout, process, container.pidfd):
+        ended = process is not None and process.poll() is not None
         value = condition()
         if value:
             return value
+        if ended and process is not None:
+            raise WaitError(f"cannot come true any more: {describe_end(process)}")
         if select.select([container.pidfd], [], [], 0)[0]:
             raise WaitError(f"cannot come true any more: {container.why_dead()}")
     name = getattr(condition, "__name__", repr(condition))
-    raise WaitError(f"{name} has not come true within {timeout:g} s")
+    hint = "" if process is None else f"; {describe_end(process)}"
+    raise WaitError(f"{name} has not come true within {timeout:g} s{hint}")
 
 
 def _last(container: Container) -> Process | None:
