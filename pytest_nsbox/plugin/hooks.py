@@ -59,7 +59,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
         left = session.config.stash.get(_LEFT, [])
         if hasattr(session.config, "workeroutput"):
             session.config.workeroutput["nsbox_left"] = left
-        if left and options.strict(session.config) and session.exitstatus in _FINE:
+        if left and options.is_on(session.config, "strict") and session.exitstatus in _FINE:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -86,8 +86,12 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Name what has been left behind."""
+    """Name what has been left behind, and what bodies have changed."""
     if left := config.stash.get(_LEFT, []):
         terminalreporter.section("nsbox: not taken down", red=True)
         for line in left:
             terminalreporter.line(line)
+    if options.is_on(config, "changes"):
+        from pytest_nsbox.plugin.report import tell_changes
+
+        tell_changes(terminalreporter)

@@ -21,10 +21,11 @@ from _pytest import runner, skipping
 from _pytest.runner import CallInfo, check_interactive_exception
 
 from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.plugin import luggage
+from pytest_nsbox.plugin import luggage, options
 from pytest_nsbox.plugin.body import Body
 from pytest_nsbox.plugin.boxes import boxes_of
 from pytest_nsbox.plugin.passthrough import passthrough
+from pytest_nsbox.plugin.report import add_changes, changed_by_body
 from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
 from pytest_nsbox.session.inside import PATIENCE, Inside
@@ -167,9 +168,12 @@ class _Visit:
         if nextitem is None:
             self.nextitem = None
         report = None if self._inside is None else self._phase("teardown", log=False)
+        changes: list[tuple[str, str]] = []
 
         def outside() -> None:
             try:
+                if self._container is not None and options.is_on(self.item.config, "changes"):
+                    changes.extend(changed_by_body(self._container))
                 self.leave()
             finally:
                 self._pytests_own("pytest_runtest_teardown")(item=self.item, nextitem=nextitem)
@@ -178,21 +182,28 @@ class _Visit:
         if hasattr(self.item, "_request"):
             self.item._request = False
             self.item.funcargs = None
-        if report is None:
-            return self._own_report(call, log)
-        if call.excinfo is not None:
-            own = self._own_report(call, log=False)
+        report = self._one_teardown(report, call)
+        if changes:
+            add_changes(report, changes)
+        if log:
+            self.item.ihook.pytest_runtest_logreport(report=report)
+        return report
+
+    def _one_teardown(
+        self, report: pytest.TestReport | None, call: CallInfo[None]
+    ) -> pytest.TestReport:
+        """The report of the body's teardown, which may have none, and of the one outside."""
+        if report is not None and call.excinfo is None:
+            report.duration += call.duration
+            _merge_sections(report, self.item)
+            return report
+        own = self._own_report(call, log=False)
+        if report is not None:
             if report.failed:
                 own.sections.append(("teardown of the body", str(report.longrepr)))
             _merge_sections(own, self.item)
             own.duration += report.duration
-            report = own
-        else:
-            report.duration += call.duration
-            _merge_sections(report, self.item)
-        if log:
-            self.item.ihook.pytest_runtest_logreport(report=report)
-        return report
+        return own
 
     # ------------------------------------------------------------------ parts
 
@@ -273,6 +284,7 @@ class _Visit:
             left = self._timer[0] - (time.monotonic() - self._began)
             if left > 0:
                 signal.setitimer(signal.ITIMER_REAL, left, self._timer[1])
+        self._container = None
         stack, self._stack = self._stack, contextlib.ExitStack()
         stack.close()
 

@@ -71,6 +71,12 @@ OPTIONS = {
     )
 }
 
+_SWITCHES = {
+    "strict": "fail the run when something of its containers is left behind at its end",
+    "all": "run every test's body inside a container",
+    "changes": "name the files that each body inside has changed and that went with its container",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nsbox", "containers for tests (pytest-nsbox)")
@@ -84,25 +90,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             help=text + f"{option.environment})",
         )
         parser.addini(option.ini, option.help, default=None)
-    strict_help = "fail the run when something of its containers is left behind at its end"
-    group.addoption(
-        "--nsbox-strict",
-        dest="nsbox_strict",
-        action="store_true",
-        default=None,
-        help=f"{strict_help} (also ini nsbox_strict, environment PYTEST_NSBOX_STRICT)",
-    )
-    parser.addini("nsbox_strict", strict_help, "bool", False)
-    group.addoption(
-        "--nsbox-all",
-        dest="nsbox_all",
-        action="store_true",
-        default=None,
-        help="run every test's body inside a container (also ini nsbox_all, "
-        "environment PYTEST_NSBOX_ALL)",
-    )
-    parser.addini("nsbox_all", "run every test's body inside a container", "bool", False)
-
+    for name, text in _SWITCHES.items():
+        group.addoption(
+            f"--nsbox-{name}",
+            dest=f"nsbox_{name}",
+            action="store_true",
+            default=None,
+            help=f"{text} (also ini nsbox_{name}, environment PYTEST_NSBOX_{name.upper()})",
+        )
+        parser.addini(f"nsbox_{name}", text, "bool", False)
     group.addoption(
         "--nsbox-passthrough",
         dest="nsbox_passthrough",
@@ -147,23 +143,15 @@ def _ini(config: pytest.Config, name: str) -> Any:
     return found or None
 
 
-def _is_on(config: pytest.Config, name: str) -> bool:
+def is_on(config: pytest.Config, name: str) -> bool:
+    """Whether one of the switches is on."""
+    name = f"nsbox_{name}"
     if config.getoption(name, default=None) is not None:
         return bool(config.getoption(name))
     text = os.environ.get(f"PYTEST_{name.upper()}")
     if text is not None:
         return text.lower() not in ("", "0", "no", "false")
     return bool(config.getini(name))
-
-
-def strict(config: pytest.Config) -> bool:
-    """Whether what is left behind fails the run."""
-    return _is_on(config, "nsbox_strict")
-
-
-def all_inside(config: pytest.Config) -> bool:
-    """Whether every test is to run inside."""
-    return _is_on(config, "nsbox_all")
 
 
 def paths(config: pytest.Config) -> list[Path]:

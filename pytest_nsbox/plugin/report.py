@@ -6,11 +6,15 @@ import contextlib
 import os
 import socket
 import subprocess
+from typing import Any
 
 import pytest
 
-from pytest_nsbox.errors import ContainerTimeout, NsboxError
+from pytest_nsbox.errors import ContainerDied, ContainerTimeout, NsboxError
 from pytest_nsbox.plugin.boxes import containers_of
+from pytest_nsbox.session.container import Container
+
+_SHOWN = 20  # of the changes of one test, without -v
 
 
 def add_containers(item: pytest.Item, report: pytest.TestReport) -> None:
@@ -22,6 +26,50 @@ def add_containers(item: pytest.Item, report: pytest.TestReport) -> None:
             report.longrepr = f"{item.nodeid}: {death}"
         if report.failed:
             report.sections.append((f"nsbox {container.name}", container.summary()))
+
+
+def changed_by_body(container: Container) -> list[tuple[str, str]]:
+    """What a body has written that goes with its container, as (path, kind)."""
+    try:
+        changes = container.changes()
+    except ContainerDied as error:
+        return [(f"(unknown: {error})", "")]
+    return [
+        (os.fsencode(change.path).decode(errors="backslashreplace"), change.kind)
+        for change in changes
+        if "__pycache__" not in change.path.split("/")  # Python's doing, wherever it imports
+    ]
+
+
+def add_changes(report: Any, changes: list[tuple[str, str]]) -> None:
+    """Have a report carry them, also from one of pytest-xdist's workers."""
+    report.nsbox_changes = changes
+    report.sections.append(("nsbox changes", "\n".join(map(_line, changes))))
+
+
+def _line(change: tuple[str, str]) -> str:
+    path, kind = change
+    return f"{kind:7} {path}"
+
+
+def tell_changes(terminalreporter: Any) -> None:
+    """Name what each test has changed, in the order in which they ended."""
+    found: dict[str, dict[str, str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for path, kind in getattr(report, "nsbox_changes", ()):
+                found.setdefault(report.nodeid, {})[path] = kind
+    terminalreporter.section("nsbox: changed by bodies, and gone")
+    if not found:
+        terminalreporter.line("nothing outside tmp_path and the paths passed through")
+    shown = None if terminalreporter.verbosity > 0 else _SHOWN
+    for nodeid, changes in found.items():
+        terminalreporter.line(nodeid)
+        rows = list(changes.items())
+        for row in rows[:shown]:
+            terminalreporter.line(f"  {_line(row)}")
+        if len(rows[:shown]) < len(rows):
+            terminalreporter.line(f"  and {len(rows[shown:])} more; all of them with -v")
 
 
 def cut_traceback(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> bool:

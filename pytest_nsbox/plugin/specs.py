@@ -28,7 +28,7 @@ def uses_fixture(item: pytest.Item) -> bool:
 
 def runs_inside(item: pytest.Item) -> bool:
     """Whether the body of a test is run in a container."""
-    wanted = marked(item) or options.all_inside(item.config)
+    wanted = marked(item) or options.is_on(item.config, "all")
     return wanted and not uses_fixture(item)
 
 
