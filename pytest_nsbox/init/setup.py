@@ -28,6 +28,7 @@ class InitPlan:
     order: Order
     userns: bool  # whether mounts are made in a user namespace, the container's or one above
     layer: str | None  # the directory on disk for what is written; None: memory
+    cover: str | None  # rootless: the directory to lay over the host's root
     resolv_conf: str
     hosts: str
     cgroups: tuple[str, ...] | None  # mount options of v1 hierarchies; empty on v2
@@ -100,7 +101,13 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
     libc.unshare(libc.CLONE_NEWCGROUP)
     libc.sethostname(order.hostname)
     steps = file_tree(
-        order, plan.layer, plan.resolv_conf, plan.hosts, plan.cgroups, in_userns=plan.userns
+        order,
+        plan.layer,
+        plan.resolv_conf,
+        plan.hosts,
+        plan.cgroups,
+        in_userns=plan.userns,
+        cover=plan.cover,
     )
     mounts.run(steps[:-1])
     # the one way to what the container writes, for the launcher: from inside there is none

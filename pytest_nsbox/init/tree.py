@@ -77,20 +77,21 @@ def file_tree(
     cgroups: tuple[str, ...] | None,
     *,
     in_userns: bool,
+    cover: str | None = None,
 ) -> list[Step]:
     """The steps from the host's root to the container's.
 
     `layer` is the directory on disk that holds what the container writes; without one it is
     written to memory. `cgroups` are the mount options of the v1 hierarchies to show, none of them
     for v2, or None where there are no cgroups. `in_userns` says that mounts are made in a user
-    namespace.
+    namespace, and `cover` is an ordinary user's layer over the host's root.
     """
     host_mounts = [] if order.layers else _mounts.now()
     where = OLD + layer if layer else LAYER
     own_files = OwnFiles(order.hostname, hosts, resolv_conf)
     steps = [*_scratch(order), *_own_directories(where)]
     if in_userns and not order.layers:
-        steps += _host_by_directory(host_mounts, where, own_files)
+        steps += _host_by_directory(host_mounts, where, own_files, cover)
     else:
         steps += _one_overlay(order, where, own_files, in_userns)
     if not in_userns and not order.layers:
@@ -125,7 +126,7 @@ def places(steps: Iterable[Step], layer: str | None) -> Iterator[Place]:
             lower = tuple(path.removeprefix(OLD) or "/" for path in step.lower)
             yield place(step.target, step.upper, lower=lower, user=step.user)
         elif isinstance(step, SubOverlay):
-            lower = (step.lower.removeprefix(OLD),)
+            lower = tuple(path.removeprefix(OLD) for path in step.layers())
             yield place(step.target, step.scratch + "/upper", lower=lower, user=step.user)
         elif isinstance(step, BindMount) and step.source.startswith(own):
             if step.target == NEW:
@@ -189,7 +190,7 @@ def _one_overlay(order: Order, where: str, own_files: OwnFiles, in_userns: bool)
 
 
 def _host_by_directory(
-    mounts: Sequence[MountPoint], where: str, own_files: OwnFiles
+    mounts: Sequence[MountPoint], where: str, own_files: OwnFiles, cover: str | None
 ) -> Iterator[Step]:
     """The host's root in a user namespace: an overlay for each top-level directory.
 
@@ -220,7 +221,9 @@ def _host_by_directory(
             yield LikeDir(NEW + path, OLD + path)
             waiting += [f"{path}/{name}" for name in sorted(os.listdir(path))]
         elif os.path.isdir(path):
-            yield SubOverlay(OLD + path, f"{where}/host{path}", NEW + path, user=True)
+            over = f"{cover}{path}" if cover and os.path.isdir(f"{cover}{path}") else None
+            scratch = f"{where}/host{path}"
+            yield SubOverlay(OLD + path, scratch, NEW + path, True, OLD + over if over else None)
         else:
             yield CopyFile(OLD + path, NEW + path)
 

@@ -126,6 +126,10 @@ class SubOverlay:
     scratch: str
     target: str
     user: bool = False
+    cover: str | None = None  # a layer over it
+
+    def layers(self) -> tuple[str, ...]:
+        return (self.lower,) if self.cover is None else (self.cover, self.lower)
 
     def describe(self) -> str:
         return f"show {self.lower} copy-on-write on {self.target}"
@@ -140,7 +144,7 @@ class SubOverlay:
         copy_owner(self.lower, upper)
         make_mount_point(self.target, True)
         try:
-            Overlay((self.lower,), upper, work, self.target, self.user).do()
+            Overlay(self.layers(), upper, work, self.target, self.user).do()
         except OSError:
             # with what is mounted below, which is locked to it in a user namespace
             BindMount(self.lower, self.target, read_only=True, recursive=True).do()

@@ -26,6 +26,7 @@ from pytest_nsbox.kernel.mounts import mount_points
 from pytest_nsbox.kernel.netlink import Request
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
+from pytest_nsbox.launcher.cover import lay_cover
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.undo import Undo
@@ -114,6 +115,7 @@ class Workshop:
     janitor: Janitor
     no_cgroups: str = ""  # why there are none
     rootless: bool = False  # every mount is made in a user namespace
+    cover: str | None = None  # rootless: the directory laid over the host's root
 
 
 def build(
@@ -139,6 +141,7 @@ def build(
             order=_bounded(order),
             userns=order.userns or workshop.rootless,
             layer=layer,
+            cover=_cover(order, workshop),
             resolv_conf=names.resolv_conf(
                 order.dns,
                 _reach(container),
@@ -208,6 +211,19 @@ def _device(directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     number = directory.stat().st_dev
     return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _cover(order: Order, workshop: Workshop) -> str | None:
+    """The user's own layer over the host's root, made when the first container needs it."""
+    if not workshop.rootless or order.layers:
+        return None
+    if workshop.cover is None:
+        # as if it were container 0's; the janitor removes it with those of the others
+        path = workshop.layers / f"{workshop.ledger.name}-0"
+        workshop.ledger.record(ledger.LAYER, str(path))
+        lay_cover(path)
+        workshop.cover = str(path)
+    return workshop.cover
 
 
 def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:

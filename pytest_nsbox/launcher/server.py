@@ -81,6 +81,7 @@ class Launcher:
         self.undo.push("close the ledger", self.ledger.close)
         self.undo.push("remove layers that the janitor has not", self.ledger.remove_layers)
         self.undo.push("wait for the janitor", janitor.close)
+        self.undo.push("remove the cover", self._remove_cover)
         self.undo.push("end the zygote", zygote.close)
         self.layer_cache = rootfs.LayerCache(cache / standing.cache_name)
         self.host = Host()
@@ -98,6 +99,10 @@ class Launcher:
         except UnsupportedError as error:
             self.workshop.no_cgroups = str(error)
         self._hub(True)
+
+    def _remove_cover(self) -> None:
+        if self.workshop.cover is not None:
+            self.workshop.janitor.remove(self.workshop.cover, self.ledger.path)
 
     def _hub(self, internet: bool) -> Hub:
         if internet not in self._hubs:
