@@ -145,6 +145,8 @@ def place(mount: str, own: str) -> Place:
 
 def _choose_base(mount: str, own: str) -> tuple[str, bool]:
     """The cgroup to put sessions in, and whether its processes must be moved out first."""
+    if _is_our_scope(own) and _writable(own):
+        return own, True
     directory = own
     while not _may_hold_cgroups(directory):
         if directory == mount:
@@ -162,6 +164,12 @@ def _choose_base(mount: str, own: str) -> tuple[str, bool]:
         "user's; start with systemd-run --user --scope -p Delegate=yes, in a service set "
         "Delegate=yes and DelegateSubgroup=main, in a container mount /sys/fs/cgroup writable"
     )
+
+
+def _is_our_scope(directory: str) -> bool:
+    """Whether it was made for us and holds nobody else (launcher/scope.py)."""
+    name = os.path.basename(directory)
+    return name.startswith("nsbox-") and name.endswith(".scope")
 
 
 def _writable(directory: str) -> bool:

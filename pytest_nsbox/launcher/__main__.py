@@ -6,6 +6,7 @@ import sys
 
 from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.launcher.janitor import Janitor
+from pytest_nsbox.launcher.scope import enter_scope
 from pytest_nsbox.launcher.standing import Standing, take_standing
 from pytest_nsbox.launcher.zygote import Zygote
 
@@ -13,6 +14,7 @@ from pytest_nsbox.launcher.zygote import Zygote
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 refusal: UnsupportedError | None = None
 standing = Standing()
+no_scope = enter_scope(int(sys.argv[2]))
 try:
     standing = take_standing()
 except UnsupportedError as error:
@@ -23,5 +25,5 @@ zygote, janitor = Zygote.start(), Janitor.start()
 # after the forks: this is most of what a child would have to copy
 from pytest_nsbox.launcher.server import main  # noqa: E402
 
-options = json.loads(sys.argv[3])
+options = {**json.loads(sys.argv[3]), "no_scope": no_scope}
 sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), options, refusal or standing, zygote, janitor))

@@ -97,7 +97,8 @@ class Launcher:
                 self.ledger.record(ledger.CGROUP, path)
             self.undo.push("rmdir session cgroup", driver.close)
         except UnsupportedError as error:
-            self.workshop.no_cgroups = str(error)
+            why = self.options["no_scope"]
+            self.workshop.no_cgroups = str(error) + (f" ({why})" if why else "")
         self._hub(True)
 
     def _remove_cover(self) -> None:
