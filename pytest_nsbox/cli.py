@@ -123,16 +123,22 @@ def _gc(options: argparse.Namespace) -> int:
         for each in found:
             print(f"{'in use' if each.alive else 'left'}: {each}")
         return 1 if audit.left(found) else 0
-    for line in ledger.sweep(ledger.state_directory()):
+    from pytest_nsbox.launcher.standing import take_standing
+
+    state = ledger.state_directory()
+    take_standing()  # what containers have written may be another's than the user's
+    for line in ledger.sweep(state):
         print(f"removed {line}")
     return 0
 
 
 def _cache() -> Any:
     from pytest_nsbox.launcher import ledger
+    from pytest_nsbox.launcher.standing import take_standing
     from pytest_nsbox.rootfs import LayerCache
 
-    return LayerCache(ledger.cache_directory())
+    cache = ledger.cache_directory()
+    return LayerCache(cache / take_standing().cache_name)
 
 
 def _cache_list(options: argparse.Namespace) -> int:

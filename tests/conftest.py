@@ -23,8 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
     It is below /var/tmp, which is a disk where /tmp may be memory.
     """
     cache = tempfile.mkdtemp(prefix="nsbox-tests-", dir="/var/tmp")
-    config.add_cleanup(lambda: shutil.rmtree(cache))
+    config.add_cleanup(lambda: _remove_cache(cache))
     os.environ["XDG_CACHE_HOME"] = cache
+
+
+def _remove_cache(cache: str) -> None:
+    if os.geteuid() != 0:  # its files have several owners
+        subprocess.run([sys.executable, "-c", _PRUNE], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(cache)
+
+
+_PRUNE = "from pytest_nsbox.cli import main; raise SystemExit(main(['cache', 'prune']))"
 
 
 @pytest.fixture(autouse=True)
