@@ -25,6 +25,14 @@ class UnsupportedError(NsboxError):
     """This host cannot give what was asked for; the message has the reason and the cure."""
 
 
+def not_linux(system: str) -> str:
+    """What to do on another system."""
+    return (
+        f"containers need Linux, this is {system}; run the tests in a Linux virtual machine "
+        "(WSL 2, Lima), or mark them to be skipped: --nsbox-unsupported=skip"
+    )
+
+
 class SetupError(NsboxError):
     """A step of building a container failed: the operation, its object and the error number."""
 

@@ -5,6 +5,7 @@ from pytest_nsbox.plugin.collection import (
     pytest_make_collect_report,
     pytest_report_collectionfinish,
 )
+from pytest_nsbox.plugin.elsewhere import pytest_runtest_setup
 from pytest_nsbox.plugin.fixtures import (
     nsbox_container,
     nsbox_container_factory,
@@ -35,6 +36,7 @@ __all__ = [
     "pytest_report_collectionfinish",
     "pytest_runtest_makereport",
     "pytest_runtest_protocol",
+    "pytest_runtest_setup",
     "pytest_sessionfinish",
     "pytest_terminal_summary",
     "pytest_testnodedown",

@@ -7,6 +7,7 @@ from collections.abc import Generator
 import pytest
 
 from pytest_nsbox.plugin import options
+from pytest_nsbox.plugin.elsewhere import on_linux
 from pytest_nsbox.plugin.specs import defaults, keywords, marked, runs_inside, uses_fixture
 
 
@@ -31,12 +32,13 @@ def pytest_make_collect_report(
 
 
 def _errors(item: pytest.Item) -> list[str]:
-    from pytest_nsbox import rootfs
     from pytest_nsbox.errors import NsboxError
 
     try:
         spec = defaults(item.config).replace(**keywords(item))
-        if isinstance(spec.rootfs, str) and not _hook_resolves(item):
+        if isinstance(spec.rootfs, str) and on_linux() and not _hook_resolves(item):
+            from pytest_nsbox import rootfs
+
             rootfs.check(spec.rootfs)
     except NsboxError as error:
         return [f"{item.nodeid}: @pytest.mark.sandbox: {error}"]
@@ -52,7 +54,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the launcher while pytest still has other things to do."""
     if session.config.option.collectonly or session.testsfailed:
         return
-    if any(runs_inside(item) or uses_fixture(item) for item in session.items):
+    if on_linux() and any(runs_inside(item) or uses_fixture(item) for item in session.items):
         from pytest_nsbox.plugin.boxes import boxes_of
 
         boxes_of(session.config).start()

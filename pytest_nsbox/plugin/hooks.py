@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_nsbox.plugin import options
+from pytest_nsbox.plugin.elsewhere import on_linux
 from pytest_nsbox.plugin.specs import runs_inside, uses_fixture
 
 
@@ -18,7 +19,7 @@ def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
     """Take over the phases of the tests that run inside."""
-    if not runs_inside(item):
+    if not runs_inside(item) or not on_linux():
         return (yield)
     from pytest_nsbox.plugin.inside import taken_over
 
@@ -31,7 +32,7 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the state of the test's containers and the end of what ran in them."""
-    if not runs_inside(item) and not uses_fixture(item):
+    if not (runs_inside(item) or uses_fixture(item)) or not on_linux():
         return (yield)
     from pytest_nsbox.plugin.report import add_containers, cut_traceback
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, SpecError, TeardownError, UnsupportedError
+from pytest_nsbox.errors import ContainerDied, SpecError, TeardownError, UnsupportedError, not_linux
 from pytest_nsbox.model.addressing import DEFAULT_SUBNET, parse_subnet
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
@@ -245,10 +245,7 @@ def _cache_directory() -> str:
 def check_host() -> None:
     """Raises UnsupportedError where no container can be made at all."""
     if sys.platform != "linux":
-        raise UnsupportedError(
-            f"containers need Linux, this is {sys.platform}; run the tests in a Linux virtual "
-            "machine (WSL 2, Lima), or mark them to be skipped: --nsbox-unsupported=skip"
-        )
+        raise UnsupportedError(not_linux(sys.platform))
     with contextlib.suppress(OSError):
         if "\toverlay" not in Path("/proc/filesystems").read_text() and not _load_overlay():
             raise UnsupportedError(
