@@ -127,6 +127,36 @@ def on_this_host(place: Path, *command: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def ordinary_user(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A user without subordinate ids and without a control group of its own; what it needs of
+    the interpreter and of this repository is shown to it, wherever they are."""
+    shown = [sys.prefix, sys.base_prefix, str(Path(__file__).parent.parent)]
+    script = """
+        set -e
+        mount --make-rprivate /
+        mount -t tmpfs none /mnt; n=0
+        for path in $SHOWN; do n=$((n + 1)); mkdir /mnt/$n; mount --bind $path /mnt/$n; done
+        mount -t tmpfs -o mode=755 none /root; n=0
+        for path in $SHOWN; do n=$((n + 1)); mkdir -p $path; mount --bind /mnt/$n $path; done
+        mkdir /root/home; chown -R 1234:1234 /root/home .
+        export HOME=/root/home XDG_CACHE_HOME=/root/home/.cache
+        exec setpriv --reuid=1234 --regid=1234 --clear-groups "$@"
+    """
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *command],
+        env={**os.environ, "SHOWN": " ".join(shown)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def without_power(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Root in name only: what there is to have, a user namespace gives."""
+    prefix = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all"]
+    return subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=120)
+
+
 def in_our_own(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """In a container of this package, made to be a host of others."""
     with Session() as session:
@@ -137,12 +167,17 @@ def in_our_own(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 ENVIRONMENTS = {
     "root on the host": on_this_host,
+    "an ordinary user, no cgroup delegated": ordinary_user,
+    "root without CAP_SYS_ADMIN, so as an ordinary user": without_power,
     "docker run --privileged": Engine(PRIVILEGED, masked=False, cgroups="rw").run,
     "docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN": Engine(
         ADDED, masked=True, cgroups="ro"
     ).run,
     "the same, SYS_TIME added, cgroups writable": Engine(
         [*ADDED, "SYS_TIME"], masked=True, cgroups="rw"
+    ).run,
+    "docker run --security-opt seccomp=, apparmor=, systempaths=unconfined": Engine(
+        DEFAULT, masked=False, cgroups="ro"
     ).run,
     "docker run": Engine(DEFAULT, masked=True, cgroups="ro", refused=["mount", "unshare"]).run,
     "privileged, but seccomp refuses mount": Engine(

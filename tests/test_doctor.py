@@ -47,14 +47,23 @@ def test_on_this_host_all_that_tests_need_works(nothing_left: Snapshot) -> None:
 
 
 def test_without_sys_admin_it_fails_and_names_the_cure(nothing_left: Snapshot) -> None:
-    status, found = examine("setpriv", "--bounding-set=-sys_admin")
+    limit = "echo 0 >/proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-sys_admin"
+    script = f'mount -t proc proc /proc; {limit} "$@"'
+    status, found = examine("unshare", "-Urmpf", "sh", "-c", script, "sh")
     assert status == 1
-    assert not found["namespaces"]["works"]
-    assert "unshare" in found["namespaces"]["why"]
-    assert "Operation not permitted" in found["namespaces"]["why"]
-    assert found["namespaces"]["cure"]
-    assert found["user namespaces"]["works"]
-    assert not found["a container"]["works"]
+    for name in ("namespaces", "user namespaces", "a container"):
+        assert not found[name]["works"]
+        assert found[name]["needed"]
+    assert "unshare CLONE_NEWUSER" in found["namespaces"]["why"]
+    assert "max_user_namespaces" in found["user namespaces"]["cure"]
+
+
+def test_root_without_sys_admin_is_examined_as_a_user(nothing_left: Snapshot) -> None:
+    status, found = examine("setpriv", "--bounding-set=-sys_admin")
+    assert found["namespaces"]["works"], found["namespaces"]
+    assert found["overlay by directory"]["needed"]
+    assert not found["overlay on /"]["needed"]
+    assert found["a container"]["works"] == (status == 0), found["a container"]
 
 
 def test_without_cgroups_limits_are_missing_and_the_rest_is_enough() -> None:

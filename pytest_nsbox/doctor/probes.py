@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pytest_nsbox.kernel import capabilities, cgroup, libc, link, namespaces, nft, seccomp
+from pytest_nsbox.kernel import capabilities, cgroup, libc, link, namespaces, nft, seccomp, userns
 from pytest_nsbox.kernel.mounts import Mount, Overlay
 from pytest_nsbox.kernel.netlink import Netlink, Request
 from pytest_nsbox.kernel.probe import Lacking, Outcome, in_child, outcome_of
@@ -32,7 +32,7 @@ _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 
 def enter(flags: int, *, user: bool | None = None) -> None:
     """Leave for new namespaces; below a user namespace where we are not root, or are told to."""
-    if user if user is not None else os.geteuid() != 0:
+    if user if user is not None else not userns.is_administrator():
         uid, gid = os.geteuid(), os.getegid()
         libc.unshare(libc.CLONE_NEWUSER)
         for name, text in (
@@ -109,7 +109,7 @@ def proc_mount_in_user_namespace() -> str | None:
 
 def overlay_root() -> str | None:
     _private_mounts()
-    _overlay(lower="/", user=os.geteuid() != 0)
+    _overlay(lower="/", user=not userns.is_administrator())
     return None
 
 
@@ -185,7 +185,7 @@ def tun() -> str | None:
 
 def pasta() -> str | None:
     program = _program("pasta")
-    if os.geteuid() == 0:
+    if userns.is_administrator():
         return "there; root does without it"
     done = subprocess.run(
         [program, "--config-net", "--quiet", "--", "cat", "/proc/net/route"],
@@ -246,7 +246,7 @@ def forwarding_policy() -> str | None:
     if dropped:
         raise Lacking(f"chain {dropped[0]} drops what is forwarded (Docker sets it so)")
     legacy = shutil.which("iptables-legacy")
-    if legacy and os.geteuid() == 0:
+    if legacy and userns.is_administrator():
         done = subprocess.run([legacy, "-S", "FORWARD"], capture_output=True, text=True)
         if "-P FORWARD DROP" in done.stdout:
             raise Lacking("iptables-legacy has the policy DROP on FORWARD (Docker sets it so)")
@@ -255,7 +255,7 @@ def forwarding_policy() -> str | None:
 
 def subordinate_ids() -> str | None:
     """A range of ids, mapped by the setuid helpers as an ordinary user must."""
-    if os.geteuid() == 0:
+    if userns.is_administrator():
         return "root needs none"
     for helper in ("newuidmap", "newgidmap"):
         _program(helper)

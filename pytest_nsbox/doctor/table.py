@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nsbox.doctor import host, probes
+from pytest_nsbox.kernel import userns
 from pytest_nsbox.kernel.probe import Outcome, attempt_all, outcome_of
 
 DEADLINE = 10.0  # seconds; all have answered after one, unless the machine is overloaded
@@ -165,7 +166,7 @@ def examine() -> list[Finding]:
     groups = {check.name: _group(check.probe) for check in CHECKS if check.probe}
     groups["cgroups"] = probes.control_groups
     told = attempt_all(groups, DEADLINE)
-    who = ROOT if os.geteuid() == 0 else USER
+    who = ROOT if userns.is_administrator() else USER
     cgroups = iter(told["cgroups"])
     late = Outcome(False, f"no answer within {DEADLINE} s")
     findings = []

@@ -110,6 +110,8 @@ def _map_one(ids: dict[str, int]) -> None:
 def _refused(error: OSError) -> str:
     """Why there is no user namespace, and the cure."""
     cure = "run pytest as root"
+    if os.geteuid() == 0:
+        cure = "give root CAP_SYS_ADMIN (in a container: docker run --privileged)"
     for path, wrong, value in (
         ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
         ("/proc/sys/kernel/unprivileged_userns_clone", "0", "1"),
@@ -121,6 +123,6 @@ def _refused(error: OSError) -> str:
                 cure = f"sudo sysctl -w {name}={value}, or {cure}"
                 break
     return (
-        f"an ordinary user needs a user namespace for containers: {error.strerror}; {cure}, or "
+        f"who lacks CAP_SYS_ADMIN needs a user namespace for containers: {error.strerror}; {cure}, or "
         "skip these tests: --nsbox-unsupported=skip"
     )
