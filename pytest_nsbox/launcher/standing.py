@@ -123,6 +123,6 @@ def _refused(error: OSError) -> str:
                 cure = f"sudo sysctl -w {name}={value}, or {cure}"
                 break
     return (
-        f"who lacks CAP_SYS_ADMIN needs a user namespace for containers: {error.strerror}; {cure}, or "
-        "skip these tests: --nsbox-unsupported=skip"
+        f"who lacks CAP_SYS_ADMIN needs a user namespace for containers: {error.strerror}; "
+        f"{cure}, or skip these tests: --nsbox-unsupported=skip"
     )
