@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -63,3 +64,20 @@ def test_workers_on_machines_of_their_own(
     tx = f"--tx=2*popen//python={machine}"
     result = pytester.runpytest_subprocess(*XDIST, tx, "--dist=load")
     result.assert_outcomes(passed=14)
+
+
+def test_more_memory_than_there_is_is_a_warning_and_no_hang(pytester: pytest.Pytester) -> None:
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    pytester.makepyfile(
+        f"""
+        import pytest
+
+        @pytest.mark.sandbox(memory={half + (1 << 20)})
+        @pytest.mark.parametrize("n", range(4))
+        def test_inside(n): pass
+        """
+    )
+    for workers, warned in (("-n2", 1), ("-n1", 0)):
+        result = pytester.runpytest_subprocess(*XDIST, workers, "-W", "error")
+        result.assert_outcomes(passed=4, warnings=warned)
+        assert ("nsbox: 2 at once with memory=" in result.stdout.str()) == bool(warned)

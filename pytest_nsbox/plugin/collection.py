@@ -8,7 +8,7 @@ import pytest
 
 from pytest_nsbox.plugin import options
 from pytest_nsbox.plugin.elsewhere import on_linux
-from pytest_nsbox.plugin.specs import defaults, keywords, marked, runs_inside, uses_fixture
+from pytest_nsbox.plugin.specs import MARKER, defaults, keywords, marked, runs_inside, uses_fixture
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,6 +58,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from pytest_nsbox.plugin.boxes import boxes_of
 
         boxes_of(session.config).start()
+        if any(item.get_closest_marker(MARKER) for item in session.items):
+            from pytest_nsbox.plugin.crowd import warn_of_crowd
+
+            warn_of_crowd(session.config, session.items)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
