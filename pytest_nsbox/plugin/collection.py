@@ -78,7 +78,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     ]
     if privileged:
         line += f"; PRIVILEGED, without confinement: {', '.join(privileged)}"
-    if config.option.collectonly:
+    if config.option.collectonly or not on_linux():
         return [line]
     return [line, f"nsbox: {_host(config)}"]
 
