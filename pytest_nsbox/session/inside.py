@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import select
@@ -12,7 +13,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
@@ -63,7 +64,7 @@ class Inside:
 
         _flush()  # or the child would write it once more
         try:
-            with theirs:
+            with theirs, _logs_at_rest():
                 self.pid = fork_into(ticket, child, cwd)
         except BaseException:
             self._socket.close()
@@ -124,6 +125,24 @@ class Inside:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.end()
+
+
+@contextlib.contextmanager
+def _logs_at_rest() -> Iterator[None]:
+    """While this process forks, no other thread is writing a record of its log.
+
+    A fork has the locks as they are. Logging renews those of its handlers in the child, but the
+    one of a file below, which a thread holds while it writes, would stay locked there.
+    """
+    log: Any = logging
+    with contextlib.ExitStack() as held:
+        held.enter_context(log._lock)  # first, as who closes handlers does
+        for reference in list(log._handlerList):
+            lock = getattr(reference(), "lock", None)
+            # handlers may hold each other's, in any order: no more than a moment's wait
+            if lock is not None and lock.acquire(timeout=0.1):
+                held.callback(lock.release)
+        yield
 
 
 def _talk(sock: socket.socket, data: bytes) -> bytes:
