@@ -3,6 +3,7 @@ the user's, which cgroups of version 1 never are; ci/v2 has the machine for that
 
 from __future__ import annotations
 
+import glob
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ def as_user(
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home/test_it.py").write_text(textwrap.dedent(source))
     return run_as_ordinary_user(tmp_path, *PYTEST, *options, "test_it.py", **keywords)  # type: ignore[arg-type]
+
+
+def covers() -> set[str]:
+    """The directories that sessions have laid over the host's root."""
+    return set(glob.glob("/dev/shm/nsbox-*"))
 
 
 @pytest.mark.parametrize("subordinate", [True, False])
@@ -66,6 +72,7 @@ def test_files_of_the_hosts_are_changed_as_root_would(tmp_path: Path) -> None:
             Path("/usr/local/lib/mine").write_text("mine")
             Path("/var/lib/mine").mkdir()
             os.remove("/usr/bin/env")
+            Path("/home/mine").mkdir()
             Path("kept").write_text("in the copy only")
 
         def test_from_outside(nsbox_container):
@@ -137,6 +144,7 @@ def test_without_a_way_out_the_header_says_how_to_get_one(tmp_path: Path) -> Non
 def test_a_killed_run_of_an_ordinary_user_leaves_nothing(
     world: Outside, tmp_path: Path, nothing_left: Snapshot
 ) -> None:
+    before = covers()
     done = as_user(
         tmp_path,
         """
@@ -150,3 +158,8 @@ def test_a_killed_run_of_an_ordinary_user_leaves_nothing(
         enter=world.enter,
     )
     assert done.returncode in (-9, 137), done.stdout
+    left = covers() - before
+    assert left  # a directory has no end of its own: the next session removes it
+    done = as_user(tmp_path, "def test_it(nsbox_container): pass", enter=world.enter)
+    assert done.returncode == 0, done.stdout
+    assert not covers() & left

@@ -26,7 +26,7 @@ from pytest_nsbox.kernel.mounts import mount_points
 from pytest_nsbox.kernel.netlink import Request
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
-from pytest_nsbox.launcher.cover import lay_cover
+from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.undo import Undo
@@ -218,8 +218,7 @@ def _cover(order: Order, workshop: Workshop) -> str | None:
     if not workshop.rootless or order.layers:
         return None
     if workshop.cover is None:
-        # as if it were container 0's; the janitor removes it with those of the others
-        path = workshop.layers / f"{workshop.ledger.name}-0"
+        path = place_of_cover() / f"nsbox-{workshop.ledger.name}-0"  # as if of a container 0
         workshop.ledger.record(ledger.LAYER, str(path))
         lay_cover(path)
         workshop.cover = str(path)

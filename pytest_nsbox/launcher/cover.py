@@ -9,6 +9,7 @@ the host's upper directories once more, empty and the user's own, and copies of 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -24,9 +25,17 @@ _LARGEST = 256 << 10  # bytes of a file in /etc
 _NOT = {"/proc", "/sys", "/dev", "/run", "/tmp"}
 
 
+def place_of_cover() -> Path:
+    """Where it may be: not below what it is laid over, or the overlay refuses the two (ELOOP)."""
+    for place in (os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", "/tmp"):
+        if f"/{place[1:].partition('/')[0]}" in _NOT and os.access(place, os.W_OK | os.X_OK):
+            return Path(place)
+    raise OSError(errno.EACCES, "neither $XDG_RUNTIME_DIR nor /dev/shm nor /tmp can be written")
+
+
 def lay_cover(path: Path) -> None:
     """Make the layer in a directory that is made for it."""
-    path.mkdir(mode=0o700, parents=True)
+    path.mkdir(mode=0o700)
     mounted = {mount.path for mount in mount_points() if mount.path != "/"}
     waiting = deque(["/"])
     made = 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import count
 from typing import Any
 
 from pytest_nsbox import Session
@@ -59,7 +60,8 @@ def main(kind: str, delay: float) -> None:
         timer.daemon = True
         timer.start()
     with Session() as session:
-        for _ in range(10):
+        # with a leak planted the kill comes when there has been time for it, however fast this is
+        for _ in count() if "NSBOX_CHAOS_PLANT" in os.environ else range(10):
             live(session)
 
 
