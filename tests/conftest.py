@@ -42,6 +42,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("PYTEST_NSBOX_", "PYTEST_XDIST")):
             monkeypatch.delenv(name)
+    monkeypatch.delenv("CI", raising=False)  # hypothesis keeps no examples where it is set
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_PLUGINS", "pytest_nsbox.plugin")
 
