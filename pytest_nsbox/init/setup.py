@@ -124,6 +124,6 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
         confinement(frozenset(order.capabilities)).apply()
     # again, since a change of credentials clears it; the zygote is the parent by now
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    rows = [place.to_wire() for place in places(steps, plan.layer)]
+    rows = [place.to_wire() for place in places(steps, plan.layer, plan.order)]
     wire.send(launcher, {"op": "ready", "places": rows}, [scratch])
     os.close(scratch)

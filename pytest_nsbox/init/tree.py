@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from pytest_nsbox.kernel.libc import (
     MS_REMOUNT,
 )
 from pytest_nsbox.kernel.mounts import (
+    EMPTY,
     BindMount,
+    CopyEntry,
     CopyFile,
     LikeDir,
     MakeDir,
@@ -40,7 +43,7 @@ from pytest_nsbox.model.order import MountOrder, Order
 from pytest_nsbox.model.place import Place
 
 SCRATCH = "/tmp"  # covered, in the container's mount namespace only, by the tmpfs we work on
-OLD, NEW, LAYER, RUN, EMPTY = "/oldroot", "/newroot", "/layer", "/run", "/empty"
+OLD, NEW, LAYER, RUN = "/oldroot", "/newroot", "/layer", "/run"
 
 # filesystems that are views of the kernel, not files: never copied into a container
 KERNEL_FILESYSTEMS = frozenset(
@@ -91,27 +94,29 @@ def file_tree(
     own_files = OwnFiles(order.hostname, hosts, resolv_conf)
     steps = [*_scratch(order), *_own_directories(where)]
     if in_userns and not order.layers:
-        steps += _host_by_directory(host_mounts, where, own_files, cover)
+        steps += _host_by_directory(host_mounts, where, own_files, order, cover)
     else:
         steps += _one_overlay(order, where, own_files, in_userns)
     if not in_userns and not order.layers:
-        steps += _other_filesystems(host_mounts, where)
+        steps += _other_filesystems(host_mounts, where, order)
     steps += _proc_and_sys(order, in_userns)
     steps += _cgroups(cgroups)
     steps += _dev()
-    steps.append(BindMount(where + "/tmp", NEW + "/tmp", flags=MS_NOSUID | MS_NODEV))
-    steps.append(BindMount(RUN, NEW + "/run", flags=MS_NOSUID | MS_NODEV))
+    steps += _tmp_and_run(order, where, in_userns)
     steps += _shown(order, where, in_userns)
+    steps += _elsewhere(order, where, in_userns, steps)
     if order.read_only:
         roots = [step.target for step in steps if isinstance(step, (Overlay, SubOverlay))]
-        steps += [ReadOnly(path, bind=False) for path in dict.fromkeys([NEW, *roots])]
+        own = (NEW + "/tmp", NEW + "/run")
+        read_only = [path for path in dict.fromkeys([NEW, *roots]) if path not in own]
+        steps += [ReadOnly(path, bind=False) for path in read_only]
     steps += [_user_mount(mount) for mount in order.mounts]
     steps += _closed(order)
     steps.append(PivotRoot(NEW))
     return steps
 
 
-def places(steps: Iterable[Step], layer: str | None) -> Iterator[Place]:
+def places(steps: Iterable[Step], layer: str | None, order: Order) -> Iterator[Place]:
     """Where the container can write, and what keeps it."""
     disk = OLD + layer + "/" if layer else None
     own = (disk or LAYER + "/", LAYER + "/", RUN)
@@ -126,11 +131,12 @@ def places(steps: Iterable[Step], layer: str | None) -> Iterator[Place]:
             lower = tuple(path.removeprefix(OLD) or "/" for path in step.lower)
             yield place(step.target, step.upper, lower=lower, user=step.user)
         elif isinstance(step, SubOverlay):
-            lower = tuple(path.removeprefix(OLD) for path in step.layers())
+            lower = tuple(path.removeprefix(OLD) for path in step.layers() if path != EMPTY)
             yield place(step.target, step.scratch + "/upper", lower=lower, user=step.user)
         elif isinstance(step, BindMount) and step.source.startswith(own):
             if step.target == NEW:
-                yield place(NEW, step.source, lower=("/",), kind="made")
+                lower = (*reversed(order.frozen.get("/", ())), "/")
+                yield place(NEW, step.source, lower=lower, kind="made")
             else:
                 yield place(step.target, step.source, kind="plain")
 
@@ -178,19 +184,59 @@ class OwnFiles:
 def _one_overlay(order: Order, where: str, own_files: OwnFiles, in_userns: bool) -> Iterator[Step]:
     """The root is one overlay: the layers, or the host's root, below what is written."""
     upper = where + "/upper"
-    yield LikeDir(upper, OLD + (order.layers[-1] if order.layers else ""))
+    layers = [*order.layers, *order.frozen.get("/", ())]
+    yield LikeDir(upper, OLD + (layers[-1] if layers else ""))
     yield MakeDir(where + "/work")
     for name in REPLACED:
         if order.layers or not os.path.isdir(name):
             yield MakeDir(upper + name, 0o1777 if name == "/tmp" else 0o755)
-    yield LikeDir(f"{upper}/etc", OLD + _top_with(order.layers, "/etc"))
+    yield LikeDir(f"{upper}/etc", OLD + _top_with(layers, "/etc"))
     yield from own_files.steps(f"{upper}/etc")
-    lower = [OLD + directory for directory in reversed(order.layers)] or [OLD]
+    lower = [OLD + directory for directory in reversed(layers)]
+    lower += [] if order.layers else [OLD]
     yield Overlay(tuple(lower), upper, where + "/work", NEW, in_userns)
 
 
+def _frozen(order: Order, path: str) -> tuple[str, ...]:
+    """What a snapshot has kept of a path, topmost first."""
+    return tuple(OLD + directory for directory in reversed(order.frozen.get(path, ())))
+
+
+def _tmp_and_run(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
+    for path, upper, work in (
+        ("/tmp", where + "/tmp", where + "/tmp.work"),
+        ("/run", RUN, RUN + ".work"),
+    ):
+        frozen = _frozen(order, path)
+        if frozen:
+            yield MakeDir(work)
+            yield Overlay(frozen, upper, work, NEW + path, in_userns)
+        else:
+            yield BindMount(upper, NEW + path, flags=MS_NOSUID | MS_NODEV)
+
+
+def _elsewhere(order: Order, where: str, in_userns: bool, steps: Sequence[Step]) -> list[Step]:
+    """What a snapshot has kept of a place that this container would not have of itself."""
+    there = {getattr(step, "target", None) for step in steps}
+    return [
+        SubOverlay(
+            OLD + path if os.path.isdir(path) and not order.layers else EMPTY,
+            f"{where}/elsewhere{number}",
+            NEW + path,
+            in_userns,
+            frozen=_frozen(order, path),
+        )
+        for number, path in enumerate(order.frozen)
+        if path != "/" and NEW + path not in there
+    ]
+
+
 def _host_by_directory(
-    mounts: Sequence[MountPoint], where: str, own_files: OwnFiles, cover: str | None
+    mounts: Sequence[MountPoint],
+    where: str,
+    own_files: OwnFiles,
+    order: Order,
+    cover: str | None,
 ) -> Iterator[Step]:
     """The host's root in a user namespace: an overlay for each top-level directory.
 
@@ -206,10 +252,11 @@ def _host_by_directory(
     etc = NEW + "/etc" if "/etc" in below else f"{where}/host/etc/upper"
     yield LikeDir(etc, OLD + "/etc")
     yield from own_files.steps(etc)
+    kept = _kept(order, below)
     waiting = [f"/{name}" for name in sorted(os.listdir("/"))]
     while waiting:
         path = waiting.pop()
-        if path in (*REPLACED, *OWN_FILES) or path in kernel:
+        if path in (*REPLACED, *OWN_FILES) or path in kernel or path in kept:
             continue
         if os.path.islink(path):
             yield MakeSymlink(os.readlink(path), NEW + path)
@@ -222,10 +269,41 @@ def _host_by_directory(
             waiting += [f"{path}/{name}" for name in sorted(os.listdir(path))]
         elif os.path.isdir(path):
             over = f"{cover}{path}" if cover and os.path.isdir(f"{cover}{path}") else None
-            scratch = f"{where}/host{path}"
-            yield SubOverlay(OLD + path, scratch, NEW + path, True, OLD + over if over else None)
+            yield SubOverlay(
+                OLD + path,
+                f"{where}/host{path}",
+                NEW + path,
+                True,
+                OLD + over if over else None,
+                _frozen(order, path),
+            )
         else:
             yield CopyFile(OLD + path, NEW + path)
+    for path, source in kept.items():
+        if source is not None and os.path.isdir(source) and not os.path.islink(source):
+            frozen = (*_frozen(order, path), OLD + source)
+            yield SubOverlay(EMPTY, f"{where}/host{path}", NEW + path, True, frozen=frozen)
+        elif source is not None:
+            yield CopyEntry(OLD + source, NEW + path)
+
+
+def _kept(order: Order, below: Container[str]) -> dict[str, str | None]:
+    """What a snapshot has of its own between the host's directories, and where; None for what
+    was deleted there."""
+    kept: dict[str, str | None] = {}
+    for top in order.frozen.get("/", ()):
+        waiting = [""]
+        while waiting:
+            directory = waiting.pop()
+            for name in sorted(os.listdir(top + directory)):
+                path = f"{directory}/{name}"
+                found = os.lstat(top + path)
+                if stat.S_ISDIR(found.st_mode) and path in below:
+                    waiting.append(path)
+                else:
+                    gone = stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+                    kept[path] = None if gone else top + path
+    return kept
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -238,7 +316,7 @@ def _top_with(layers: Sequence[str], path: str) -> str:
     return next((top + path for top in reversed(layers) if os.path.isdir(top + path)), path)
 
 
-def _other_filesystems(mounts: Iterable[MountPoint], where: str) -> Iterator[Step]:
+def _other_filesystems(mounts: Iterable[MountPoint], where: str, order: Order) -> Iterator[Step]:
     for number, mount in enumerate(mounts):
         if mount.path == "/" or mount.fstype in KERNEL_FILESYSTEMS:
             continue
@@ -247,7 +325,8 @@ def _other_filesystems(mounts: Iterable[MountPoint], where: str) -> Iterator[Ste
         if mount.read_only:
             yield BindMount(OLD + mount.path, NEW + mount.path, read_only=True)
         else:
-            yield SubOverlay(OLD + mount.path, f"{where}/mount{number}", NEW + mount.path)
+            scratch, frozen = f"{where}/mount{number}", _frozen(order, mount.path)
+            yield SubOverlay(OLD + mount.path, scratch, NEW + mount.path, frozen=frozen)
 
 
 def _below(path: str, roots: Iterable[str]) -> bool:
@@ -262,7 +341,7 @@ def _shown(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
             continue
         seen.append(path)
         scratch = f"{where}/visible{len(seen)}"
-        yield SubOverlay(OLD + path, scratch, NEW + path, user=in_userns)
+        yield SubOverlay(OLD + path, scratch, NEW + path, in_userns, frozen=_frozen(order, path))
     for path in sorted(order.passthrough):
         yield BindMount(OLD + path, NEW + path, recursive=True)
 

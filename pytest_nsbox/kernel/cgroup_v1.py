@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import time
 
@@ -270,11 +271,17 @@ class CgroupV1:
             )
         state = self.use("freezer") + "/freezer.state"
         deadline = time.monotonic() + files.PATIENCE
-        files.write(state, "FROZEN")
-        while files.read(state) != "FROZEN\n":
+        # one that is forked in between may be left out for ever; who asks again, and now and then
+        # from the start, gets it, too
+        for attempt in itertools.count(1):
+            files.write(state, "FROZEN")
+            if files.read(state) == "FROZEN\n":
+                return
             if time.monotonic() > deadline:
                 files.write(state, "THAWED")
                 raise OSError(errno.ETIMEDOUT, f"freeze {self._name}: some process does not stop")
+            if attempt % 50 == 0:
+                files.write(state, "THAWED")
             time.sleep(0.0005)  # this version has no event for it; reading updates the state
 
     def thaw(self) -> None:

@@ -9,7 +9,7 @@ import re
 import select
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from pytest_nsbox.kernel.libc import (
     MS_REC,
     MS_REMOUNT,
 )
+
+EMPTY = "/empty"  # a directory with nothing in it, while a container is built
 
 
 class Step(Protocol):
@@ -109,11 +111,31 @@ class Overlay:
         return f"mount overlay of {':'.join(self.lower)} on {self.target}"
 
     def do(self) -> None:
-        lower = ":".join(map(escape, self.lower))
-        data = f"lowerdir={lower},upperdir={escape(self.upper)},workdir={escape(self.work)}"
-        data += ",userxattr,volatile" if self.user else ",xino=off,volatile"
+        try:
+            self._mount(self.lower, self.work)
+        except OSError as error:
+            if error.errno != errno.ELOOP or len(self.lower) < 2:
+                raise
+            # the bottom is a directory that another layer lies below, which is refused; shown by
+            # an overlay of its own it is not the same any more
+            base, work = self.work + "-base", self.work + "-again"  # the first is marked volatile
+            os.mkdir(base)
+            os.mkdir(work)
+            options = f"lowerdir={escape(self.lower[-1])}:{EMPTY}" + ",userxattr" * self.user
+            libc.mount("overlay", base, "overlay", MS_NODEV | MS_RDONLY, options)
+            self._mount((*self.lower[:-1], base), work)
+
+    def _mount(self, layers: Sequence[str], work: str) -> None:
+        lower = ":".join(map(escape, layers))
+        # what is written has to be whole and in its place, as it is read without the overlay, too
+        data = f"lowerdir={lower},upperdir={escape(self.upper)},workdir={escape(work)}"
+        data += (
+            ",userxattr,volatile"
+            if self.user
+            else ",xino=off,redirect_dir=off,metacopy=off,volatile"
+        )
         if len(data) >= os.sysconf("SC_PAGESIZE"):
-            raise OSError(7, f"{len(self.lower)} layers do not fit into the mount's one page")
+            raise OSError(7, f"{len(layers)} layers do not fit into the mount's one page")
         libc.mount("overlay", self.target, "overlay", MS_NODEV, data)
 
 
@@ -127,9 +149,11 @@ class SubOverlay:
     target: str
     user: bool = False
     cover: str | None = None  # a layer over it
+    frozen: tuple[str, ...] = ()  # and a snapshot's over that, topmost first
 
     def layers(self) -> tuple[str, ...]:
-        return (self.lower,) if self.cover is None else (self.cover, self.lower)
+        cover = () if self.cover is None else (self.cover,)
+        return (*self.frozen, *cover, self.lower)
 
     def describe(self) -> str:
         return f"show {self.lower} copy-on-write on {self.target}"
@@ -141,11 +165,13 @@ class SubOverlay:
         upper, work = self.scratch + "/upper", self.scratch + "/work"
         os.makedirs(upper, exist_ok=True)
         os.makedirs(work)
-        copy_owner(self.lower, upper)
+        copy_owner(self.frozen[0] if self.frozen else self.lower, upper)
         make_mount_point(self.target, True)
         try:
             Overlay(self.layers(), upper, work, self.target, self.user).do()
         except OSError:
+            if self.frozen:
+                raise
             # with what is mounted below, which is locked to it in a user namespace
             BindMount(self.lower, self.target, read_only=True, recursive=True).do()
 
@@ -171,6 +197,30 @@ class CopyFile:
             copy_owner(self.source, self.target)
         except OSError:
             BindMount(self.source, self.target, read_only=True).do()
+
+
+@dataclass(frozen=True)
+class CopyEntry:
+    """A copy of a file, link or the like of a snapshot, which is not to be written to itself."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"copy {self.source} to {self.target}"
+
+    def do(self) -> None:
+        found = os.lstat(self.source)
+        if stat.S_ISREG(found.st_mode):
+            shutil.copyfile(self.source, self.target)
+            copy_owner(self.source, self.target)
+            os.utime(self.target, ns=(found.st_atime_ns, found.st_mtime_ns))
+            return
+        if stat.S_ISLNK(found.st_mode):
+            os.symlink(os.readlink(self.source), self.target)
+        else:
+            os.mknod(self.target, found.st_mode, found.st_rdev)
+        os.chown(self.target, found.st_uid, found.st_gid, follow_symlinks=False)
 
 
 @dataclass(frozen=True)

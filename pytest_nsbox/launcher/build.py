@@ -57,6 +57,7 @@ class Container:
     last: Stats | None = None  # taken before it was killed
     places: list[Place] = field(default_factory=list)  # where it can write
     scratch: int = -1  # the root of the filesystem in memory that keeps what it writes
+    paused: bool = False  # as the session has asked for
     host_ports: dict[int, tuple[str, int]] = field(default_factory=dict)  # where they are for it
     own_files: dict[str, str] = field(default_factory=dict)  # path: text
     until: float = 0.0  # when, on the monotonic clock, its death is waited for no longer
@@ -150,6 +151,7 @@ def build(
             hosts=names.hosts(known_names(container), order.hosts),
             cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
+        _check_snapshot(plan)
         container.own_files = OwnFiles(order.hostname, plan.hosts, plan.resolv_conf).texts()
         session = _fork(container, plan, workshop.zygote, abandon)
         _wire(container)
@@ -191,6 +193,17 @@ def known_names(container: Container) -> list[tuple[str, str]]:
             if number != interface.number:
                 found.append((interface.bridge.subnet.ip(number), name))
     return found
+
+
+def _check_snapshot(plan: InitPlan) -> None:
+    """What is written to the host's root is kept by directory in a user namespace."""
+    order = plan.order
+    if order.frozen and not order.layers and order.by_directory != plan.userns:
+        taken = "with" if order.by_directory else "without"
+        raise UnsupportedError(
+            f"the snapshot of the host's root is of a container {taken} userns=True; "
+            "start from it one that is like it"
+        )
 
 
 def _limit(container: Container, workshop: Workshop) -> None:

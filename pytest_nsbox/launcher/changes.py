@@ -52,12 +52,8 @@ class Reading:
             if upper is None:
                 return
             opened.callback(os.close, upper)
-            lower = []
-            for path in place.lower:
-                lower.append(_open_lower(path))
-                opened.callback(os.close, lower[-1])
             self._user, self._made = place.user, place.kind == "made"
-            layers = Layers(lower, place.user)
+            layers = opened.enter_context(open_layers(place))
             if place.kind == "overlay":
                 top, below = Entry(upper, ".", os.fstat(upper)), layers.find(".")
                 if below is not None and not same(top, below, attributes=False):
@@ -78,17 +74,8 @@ class Reading:
                     self._entry(path, upper, name, lower, whole)
         if whole:
             for name in lower.names().difference(names):
-                if not self._made or self._was_made(lower, name):
+                if not self._made or was_made(lower, name):
                     self._add(f"{prefix}/{name}", "deleted")
-
-    @staticmethod
-    def _was_made(lower: Layers, name: str) -> bool:
-        """Of the host's own entries links and small files are made anew; others are mounted on,
-        or not shown at all."""
-        below = lower.find(name)
-        if below is None or not stat.S_ISREG(below.status.st_mode):
-            return below is not None and stat.S_ISLNK(below.status.st_mode)
-        return os.access(name, os.R_OK, dir_fd=below.directory)
 
     def _entry(self, path: str, upper: int, name: str, lower: Layers, whole: bool) -> None:
         above = entry(upper, name)
@@ -99,7 +86,7 @@ class Reading:
             if below is not None:
                 self._add(path, "deleted")
             return
-        if path in self.own.files and _has_text(above, self.own.files[path]):
+        if path in self.own.files and has_text(above, self.own.files[path]):
             return
         own_directory = path in self.own.directories
         is_directory = stat.S_ISDIR(above.status.st_mode)
@@ -150,6 +137,26 @@ def write_upper(places: Iterable[Place], scratch: int, path: str, text: str) -> 
         os.close(upper)
 
 
+def was_made(lower: Layers, name: str) -> bool:
+    """Of the host's own entries links and small files are made anew; others are mounted on,
+    or not shown at all."""
+    below = lower.find(name)
+    if below is None or not stat.S_ISREG(below.status.st_mode):
+        return below is not None and stat.S_ISLNK(below.status.st_mode)
+    return os.access(name, os.R_OK, dir_fd=below.directory)
+
+
+@contextlib.contextmanager
+def open_layers(place: Place) -> Iterator[Layers]:
+    """What a place's overlay has below what is written."""
+    with contextlib.ExitStack() as opened:
+        lower = []
+        for path in place.lower:
+            lower.append(_open_lower(path))
+            opened.callback(os.close, lower[-1])
+        yield Layers(lower, place.user)
+
+
 def _open_lower(path: str) -> int:
     """A lower directory as the overlay sees it: without what else is mounted below."""
     try:
@@ -162,7 +169,7 @@ def _open_lower(path: str) -> int:
         os.close(tree)
 
 
-def _has_text(found: Entry, text: str) -> bool:
+def has_text(found: Entry, text: str) -> bool:
     status, data = found.status, text.encode()
     if not stat.S_ISREG(status.st_mode) or status.st_size != len(data):
         return False

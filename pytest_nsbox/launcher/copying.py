@@ -43,7 +43,7 @@ class Copier:
             elif kind == stat.S_IFLNK:
                 _remove(directory, name)
                 os.symlink(source.read_link(), name, dir_fd=directory)
-                self._own(source, directory, name)
+                self.keep_owner(source, directory, name)
             else:
                 self.special(source, directory, name, path)
         except OSError as error:
@@ -68,7 +68,7 @@ class Copier:
         """Whether an entry of a directory is to be copied."""
         return True
 
-    def _own(self, source: Entry, directory: int, name: str) -> None:
+    def keep_owner(self, source: Entry, directory: int, name: str) -> None:
         status = source.status
         owner = self.owner or (status.st_uid, status.st_gid)
         os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)

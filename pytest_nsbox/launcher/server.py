@@ -27,12 +27,13 @@ from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names, tunnel
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
-from pytest_nsbox.launcher.changes import read_changes, write_upper
+from pytest_nsbox.launcher.changes import Own, read_changes, write_upper
 from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.envoy import Envoy
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.ports import HostPorts, forward_port
+from pytest_nsbox.launcher.snapshot import take_snapshot
 from pytest_nsbox.launcher.standing import Standing
 from pytest_nsbox.launcher.tunnel import Tunnel
 from pytest_nsbox.launcher.undo import Undo
@@ -64,6 +65,7 @@ class Launcher:
         self.parent = os.pidfd_open(parent)
         self.selector.register(self.parent, selectors.EVENT_READ, self._end)
         self.ending = False
+        self.snapshots = 0
         self.workers: dict[int, int] = {}  # pid: pidfd
         self._hubs: dict[bool, Hub] = {}
         self._defaults: dict[bool, Bridge] = {}
@@ -391,6 +393,40 @@ class Launcher:
             lambda: read_changes(container.places, scratch, container.order, files), [scratch]
         )
 
+    def snapshot(self, message: Message, fds: list[int]) -> Work:
+        """Freeze what a container, alive or dead, has written."""
+        container = self._get(message)
+        self.snapshots += 1
+        directory = self.workshop.layers / f"{self.ledger.name}-snapshot{self.snapshots}"
+        self.ledger.record(ledger.LAYER, str(directory))  # it is removed at the end by that
+        directory.mkdir(mode=0o700, parents=True)
+        go_on = self._hold(container)
+        own = Own.of(container.order, container.places, container.own_files)
+        scratch = container.scratch
+        return Work(
+            lambda: take_snapshot(container.places, scratch, own, str(directory), go_on),
+            [scratch],
+            go_on,
+        )
+
+    @staticmethod
+    def _hold(container: Container) -> Callable[[], None]:
+        """Have every process stand still, where that can be; returns how to let them go on."""
+        group = container.cgroup
+        if group is None or not container.alive:
+            return lambda: None
+        try:
+            group.freeze()
+        except UnsupportedError:
+            return lambda: None
+
+        def go_on() -> None:
+            if not container.paused:
+                with contextlib.suppress(OSError):  # it has been taken down
+                    group.thaw()
+
+        return go_on
+
     def copy(self, message: Message, fds: list[int]) -> Work:
         """Copy a file or a tree into a container or out of it."""
         self._get(message)
@@ -413,7 +449,8 @@ class Launcher:
         container = self._get(message)
         if container.cgroup is None:
             raise UnsupportedError(f"cannot pause: {self.workshop.no_cgroups}")
-        if message["frozen"]:
+        container.paused = bool(message["frozen"])
+        if container.paused:
             container.cgroup.freeze()
         else:
             container.cgroup.thaw()
@@ -518,6 +555,7 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
         "network",
         "publish",
         "remove_network",
+        "snapshot",
         "socket",
         "state",
         "update",

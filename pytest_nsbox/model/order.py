@@ -26,6 +26,8 @@ class Order:
     name: str
     hostname: str
     layers: tuple[str, ...] = ()  # lowest first; empty: the host's own root
+    frozen: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of a Rootfs
+    by_directory: bool = False
     limits: Limits = field(default_factory=Limits)
     disk: int | None = None
     network: str = "nat"  # nat, isolated, none, host: only where `networks` is empty
@@ -56,6 +58,7 @@ class Order:
         data = dict(data)
         data["limits"] = Limits(**data["limits"])
         data["mounts"] = tuple(MountOrder(**mount) for mount in data["mounts"])
+        data["frozen"] = {path: tuple(value) for path, value in data["frozen"].items()}
         for name, value in data.items():
             if isinstance(value, list):
                 data[name] = tuple(value)

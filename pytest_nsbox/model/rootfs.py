@@ -19,6 +19,10 @@ class Rootfs:
     cwd: str | None = None
     user: str | None = None
     command: tuple[str, ...] = ()  # Entrypoint and Cmd
+    # of a snapshot: a path in the container, and what is stacked there upon the layers or the
+    # host's own, lowest first
+    frozen: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    by_directory: bool = False  # a snapshot of the host's root in a user namespace
 
     @property
     def is_host(self) -> bool:
@@ -33,6 +37,8 @@ class Rootfs:
             "cwd": self.cwd,
             "user": self.user,
             "command": list(self.command),
+            "frozen": {path: list(directories) for path, directories in self.frozen.items()},
+            "by_directory": self.by_directory,
         }
 
     @classmethod
@@ -45,4 +51,6 @@ class Rootfs:
             cwd=wire["cwd"],
             user=wire["user"],
             command=tuple(wire["command"]),
+            frozen={path: tuple(directories) for path, directories in wire["frozen"].items()},
+            by_directory=wire["by_directory"],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import select
 import signal
@@ -554,6 +555,30 @@ class Container:
         Returns the paths that were left out: sockets, FIFOs, devices. Raises OSError.
         """
         return files.copy_out(self, src, dst, archive=archive)
+
+    def snapshot(self) -> Rootfs:
+        """Freeze what has been written, to start other containers from: `rootfs=` takes it.
+
+        It has all that the container shows but for what is on `mounts`, on the host, or the
+        kernel's; /tmp and /run are kept, processes are not. They stand still while the copy is
+        made, and go on. Whatever becomes of this container, the snapshot stays until the session
+        ends. Also a container that was killed, or began from a snapshot, can be frozen.
+
+        Raises ContainerDied when it has been taken down, UnsupportedError, OSError (ENOSPC).
+        """
+        try:
+            reply, _ = self.session.request("snapshot", id=self.id)
+        except ContainerDied as error:
+            raise (self.death() or error) from None
+        frozen = {path: tuple(found) for path, found in self.rootfs.frozen.items()}
+        for path, directory in reply["frozen"].items():
+            frozen[path] = (*frozen.get(path, ()), str(directory))
+        return dataclasses.replace(
+            self.rootfs,
+            source=f"snapshot of {self.name}",
+            frozen=frozen,
+            by_directory=bool(reply["by_directory"]),
+        )
 
     def changes(self) -> list[Change]:
         """What has been written, against the root filesystem that it was made from.

@@ -24,6 +24,8 @@ def make_order(
         name=name,
         hostname=spec.hostname or name,
         layers=tuple(rootfs.layers),
+        frozen=dict(rootfs.frozen),
+        by_directory=rootfs.by_directory,
         limits=spec.limits(),
         disk=spec.disk,
         network=spec.network,

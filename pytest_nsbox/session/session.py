@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, SpecError, TeardownError, UnsupportedError, not_linux
+from pytest_nsbox.errors import (
+    ContainerDied,
+    RootfsError,
+    SpecError,
+    TeardownError,
+    UnsupportedError,
+    not_linux,
+)
 from pytest_nsbox.model.addressing import DEFAULT_SUBNET, parse_subnet
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
@@ -214,6 +221,12 @@ class Session:
     def resolve_rootfs(self, source: Any) -> Rootfs:
         """Where a container's files come from. Raises RootfsError."""
         if isinstance(source, Rootfs):
+            for directories in source.frozen.values():
+                if not all(map(os.path.isdir, directories)):
+                    raise RootfsError(
+                        f"the {source.source} is gone: it lives as long as the session it was "
+                        "taken in"
+                    )
             return source
         source = os.fspath(source)
         if source == "host":
