@@ -20,6 +20,7 @@ from typing import Any
 
 from pytest_nsbox import Session
 from pytest_nsbox.model.capabilities import NUMBERS
+from tests.ordinary import REPOSITORY, run_as_ordinary_user
 
 DEFAULT = (
     "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP "
@@ -48,6 +49,8 @@ class Engine:
         script = """
             set -e
             mount --make-rprivate /
+            # crun takes no controllers of both versions at once
+            ! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified
             mount -t tmpfs none "$1"; cd "$1"; mkdir upper work rootfs
             mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none rootfs
             cp "$2/config.json" .
@@ -64,7 +67,7 @@ class Engine:
 
     def _config(self, command: Sequence[str]) -> dict[str, Any]:
         caps = [f"CAP_{name}" for name in self.capabilities if f"CAP_{name}" in held()]
-        keep = [os.path.realpath(path) for path in (os.getcwd(), sys.prefix, "/var/tmp")]
+        keep = sorted(map(os.path.realpath, (os.getcwd(), sys.prefix, REPOSITORY, "/var/tmp")))
         bind = ["bind", "rw"]  # not what is mounted below: a /proc there would be unmasked
         mounts = [
             {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -76,7 +79,7 @@ class Engine:
             {"destination": "/tmp", "type": "tmpfs", "source": "tmp", "options": ["mode=1777"]},
             *(
                 {"destination": path, "type": "bind", "source": path, "options": bind}
-                for path in dict.fromkeys(keep)
+                for path in dict.fromkeys(keep)  # where the tmpfs on /tmp may hide it
             ),
         ]
         if self.cgroups != "none":
@@ -128,27 +131,13 @@ def on_this_host(place: Path, *command: str) -> subprocess.CompletedProcess[str]
 
 
 def ordinary_user(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A user without subordinate ids and without a control group of its own; what it needs of
-    the interpreter and of this repository is shown to it, wherever they are."""
-    shown = [sys.prefix, sys.base_prefix, str(Path(__file__).parent.parent)]
-    script = """
-        set -e
-        mount --make-rprivate /
-        mount -t tmpfs none /mnt; n=0
-        for path in $SHOWN; do n=$((n + 1)); mkdir /mnt/$n; mount --bind $path /mnt/$n; done
-        mount -t tmpfs -o mode=755 none /root; n=0
-        for path in $SHOWN; do n=$((n + 1)); mkdir -p $path; mount --bind /mnt/$n $path; done
-        mkdir /root/home; chown -R 1234:1234 /root/home .
-        export HOME=/root/home XDG_CACHE_HOME=/root/home/.cache
-        exec setpriv --reuid=1234 --regid=1234 --clear-groups "$@"
-    """
-    return subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *command],
-        env={**os.environ, "SHOWN": " ".join(shown)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """A user as adduser(8) makes one: with subordinate ids, without a control group of its own."""
+    for path in (place / "test_it.py", place / "examples"):
+        subprocess.run(["chmod", "-R", "a+rX", path], check=True)
+    (place / "home").mkdir()
+    for name in ("test_it.py", "examples"):
+        (place / name).rename(place / "home" / name)
+    return run_as_ordinary_user(place, *command)
 
 
 def without_power(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -160,7 +149,7 @@ def without_power(place: Path, *command: str) -> subprocess.CompletedProcess[str
 def in_our_own(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """In a container of this package, made to be a host of others."""
     with Session() as session:
-        here = [os.getcwd(), "/var/tmp"]
+        here = [os.getcwd(), str(REPOSITORY), "/var/tmp"]
         with session.container(privileged=True, network="isolated", visible=here) as outer:
             return outer.run([*command], cwd=os.getcwd(), timeout=120)
 
@@ -240,7 +229,7 @@ def head() -> list[str]:
 def try_in(name: str, place: Path) -> Row:
     """Run the tests and the examples in an environment, below the empty directory `place`."""
     (place / "test_it.py").write_text(source())
-    examples = Path(__file__).parent.parent / "examples"
+    examples = REPOSITORY / "examples"
     shutil.copytree(examples, place / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     before = os.getcwd()
     os.chdir(place)

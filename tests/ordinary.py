@@ -1,5 +1,6 @@
 """An ordinary user of our own, without touching the machine: in a mount namespace that has another
-/etc/passwd, a home, and the way to the interpreter and the checkout open to everybody."""
+/etc/passwd, a home, and the way to the interpreter and the checkout open to everybody, wherever
+they are."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 _SCRIPT = r"""
 set -e
@@ -19,20 +20,30 @@ for file in subuid subgid; do
     echo "$subordinate" >"$work/$file"; [ -e /etc/$file ] || touch /etc/$file
     mount --bind "$work/$file" /etc/$file
 done
+show() { # a directory as it was before it was covered, itself open
+    mkdir -p "$1"
+    for entry in "/proc/self/fd/3/$2"/* "/proc/self/fd/3/$2"/.[!.]*; do
+        target=$1/${entry##*/}
+        if [ -d "$entry" ]; then mkdir "$target"
+        elif [ -f "$entry" ]; then : >"$target"
+        else continue
+        fi
+        # not canonical: what the descriptor is open on has no path any more
+        mount --no-canonicalize --rbind "$entry" "$target"
+    done
+}
 # the directories on the way may be root's alone: an open one stands in for the uppermost of them
-for kept in "$checkout" "$prefix" "$python"; do
-    top=/$(echo "$kept" | cut -d/ -f2)
-    [ "$(stat -c %A "$top" | cut -c10)" = x ] || closed="$closed $top"
-done
-for top in $(printf '%s\n' $closed | sort -u); do
-    mkdir -p "$work/real$top"; mount --rbind "$top" "$work/real$top"
+printf '%s\n' "$closed" | while read -r top; do
+    [ -n "$top" ] || continue
+    exec 3<"$top"
     mount -t tmpfs -o mode=755 open "$top"
-    for kept in "$checkout" "$prefix" "$python"; do
-        case $kept in "$top"/*)
-            [ -e "$kept" ] || { mkdir -p "$kept"; mount --rbind "$work/real$kept" "$kept"; }
+    printf '%s\n' "$kept" | while read -r path; do
+        case $path in
+            "$top") show "$path" "" ;;
+            "$top"/*) [ -d "$path" ] || show "$path" "${path#"$top"/}" ;;
         esac
     done
-    umount -l "$work/real$top"
+    exec 3<&-
 done
 mkdir -p /dev/net; mount -t tmpfs -o mode=755 tun /dev/net
 [ "$tun" = no ] || mknod -m 666 /dev/net/tun c 10 200
@@ -54,19 +65,16 @@ def run_as_ordinary_user(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as an ordinary user, whose home is `work`/home."""
     (work / "home").mkdir(exist_ok=True)
-    for directory in (work, *work.parents):
-        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
-            directory.chmod(directory.stat().st_mode | 0o555)
+    kept = sorted({REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), work.resolve()})
     variables = {
         **os.environ,
         **(env or {}),
-        "work": str(work),
-        "python": sys.prefix,
-        "prefix": sys.base_prefix,
+        "work": str(work.resolve()),
         "checkout": str(REPOSITORY),
+        "kept": "\n".join(map(str, kept)),
+        "closed": "\n".join(sorted({str(top) for path in kept for top in _closed(path)})),
         "subordinate": "tester:100000:65536" if subordinate else "",
         "tun": "yes" if tun else "no",
-        "closed": "",
     }
     return subprocess.run(
         [*enter, "unshare", "-m", "sh", "-c", _SCRIPT, "sh", *command],
@@ -75,3 +83,10 @@ def run_as_ordinary_user(
         text=True,
         timeout=300,
     )
+
+
+def _closed(path: Path) -> list[Path]:
+    """The uppermost directory on the way to `path`, itself included, that others may not enter
+    and read, if any."""
+    way = [*reversed(path.parents), path]
+    return [each for each in way if each.stat().st_mode & 0o5 != 0o5][:1]
