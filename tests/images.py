@@ -37,6 +37,36 @@ class Images:
         (root / "etc/release").write_text("from the tree\n")
         return root
 
+    def copy_of_tree(self, name: str) -> Path:
+        """Another directory like it, for a test to change."""
+        return Path(shutil.copytree(self.tree, self.directory / name, symlinks=True))
+
+    @functools.cached_property
+    def glibc_tree(self) -> Path:
+        """The same with the C library of this machine, and no other library."""
+        root = self.copy_of_tree("glibc")
+        for name in ("lib", "lib64"):
+            (root / "usr" / name).mkdir()
+            (root / name).symlink_to(f"usr/{name}")
+        files = subprocess.check_output(["dpkg", "-L", "libc6"], text=True).splitlines()
+        for path in filter(os.path.isfile, files):
+            if path.startswith(("/lib", "/usr/lib")):
+                (root / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, root / path[1:], follow_symlinks=False)
+        return root
+
+    @functools.cached_property
+    def musl_tree(self) -> Path:
+        """One whose C library is another: musl, with a program that is linked to it."""
+        root = self.copy_of_tree("musl")
+        source = self.directory / "hello.c"
+        source.write_text('#include <stdio.h>\nint main(void) { puts("of the image"); }\n')
+        self._run("musl-gcc", "-o", root / "bin/hello", source)
+        loader = Path("/lib/ld-musl-x86_64.so.1")
+        (root / "lib").mkdir()
+        shutil.copy(loader.resolve(), root / "lib" / loader.name)
+        return root
+
     @functools.cached_property
     def tarball(self) -> Path:
         path = self.directory / "root.tar.gz"

@@ -4,6 +4,7 @@ the user's, which cgroups of version 1 never are; ci/v2 has the machine for that
 from __future__ import annotations
 
 import glob
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.audit import Snapshot
+from tests.images import Images
 from tests.ordinary import REPOSITORY, run_as_ordinary_user
 from tests.outside import HOST, WEB, Outside, outside
 
@@ -83,6 +85,31 @@ def test_files_of_the_hosts_are_changed_as_root_would(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert not (tmp_path / "home/kept").exists()
+
+
+@pytest.mark.parametrize("subordinate", [True, False])
+def test_a_body_runs_on_an_image(tmp_path: Path, images: Images, subordinate: bool) -> None:
+    shutil.copy(images.tarball, tmp_path / "image.tar.gz")
+    done = as_user(
+        tmp_path,
+        """
+        import os, subprocess, sys
+        import pytest
+
+        def test_it(tmp_path):
+            assert os.getuid() == 0
+            assert open("/etc/release").read() == "from the tree\\n"
+            (tmp_path / "file").touch()
+            with pytest.raises(OSError, match="Read-only"):
+                open("new", "w")
+            open("/etc/new", "w").close()
+            import sqlite3
+            subprocess.run([sys.executable, "-c", "import sqlite3, ssl"], check=True)
+        """,
+        *("--nsbox-all", f"--nsbox-rootfs={tmp_path}/image.tar.gz"),
+        subordinate=subordinate,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_users_inside_are_those_of_the_subordinate_ids(tmp_path: Path) -> None:

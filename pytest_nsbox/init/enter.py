@@ -11,8 +11,8 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from pytest_nsbox.init.confine import Confinement, confinement
@@ -31,6 +31,7 @@ class Ticket:
     own_user: bool
     capabilities: frozenset[str] | None  # None: privileged
     rootless: bool = False  # the caller has no power of its own over the container
+    libraries: Mapping[str, str] = field(default_factory=dict)  # of the caller's system: where
 
     def close(self) -> None:
         for fd in (self.pidfd, *self.cgroup_procs):
@@ -50,6 +51,15 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
     starts in, or the root where it does not exist inside. Raises OSError.
     """
     confined = ticket.confinement()
+    if ticket.libraries:
+        from pytest_nsbox.init.libraries import prefer  # while its file is in reach
+
+        inner = body
+
+        def body() -> int:
+            prefer(ticket.libraries)
+            return inner()
+
     if ticket.rootless:
         return _fork_by_a_middleman(ticket, lambda: _child(ticket, confined, body, cwd))
     with _children_in(ticket.pidfd) as own:

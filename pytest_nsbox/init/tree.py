@@ -342,6 +342,8 @@ def _shown(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
         seen.append(path)
         scratch = f"{where}/visible{len(seen)}"
         yield SubOverlay(OLD + path, scratch, NEW + path, in_userns, frozen=_frozen(order, path))
+    for mount in order.brought:
+        yield BindMount(f"{OLD}{mount.src}", NEW + mount.dst, read_only=True, recursive=True)
     for path in sorted(order.passthrough):
         yield BindMount(OLD + path, NEW + path, recursive=True)
 

@@ -86,6 +86,20 @@ _libc.inotify_init1.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
 
 
+def is_loaded(library: str) -> bool:
+    """Whether this process has a library of this name (dlopen(3), RTLD_NOLOAD)."""
+    try:
+        ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
+
+
+def dlopen(path: str) -> None:
+    """Load a library for as long as this process lives (dlopen(3))."""
+    ctypes.CDLL(path)
+
+
 def flag_names(flags: int) -> str:
     """The names of the bits in `flags`, as a man page writes them: "MS_BIND|MS_REC"."""
     names = [name for bit, name in sorted(_FLAG_NAMES.items()) if flags & bit]

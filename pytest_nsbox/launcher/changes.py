@@ -29,7 +29,7 @@ class Own:
     def of(cls, order: Order, places: Iterable[Place], files: Mapping[str, str]) -> Own:
         mounts = {place.target for place in places if place.target != "/"}
         mounts |= {"/proc", "/sys", "/dev", *order.passthrough}
-        mounts |= {os.path.normpath(mount.dst) for mount in order.mounts}
+        mounts |= {os.path.normpath(mount.dst) for mount in (*order.mounts, *order.brought)}
         directories = {"/etc", "/run/lock"}
         for path in mounts:
             while path != "/":

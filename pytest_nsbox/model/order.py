@@ -44,6 +44,7 @@ class Order:
     timeout: float | None = None
     passthrough: tuple[str, ...] = ()  # paths of the host shown as they are, writable
     visible: tuple[str, ...] = ()  # paths of the host to show even where /tmp or /run hides them
+    brought: tuple[MountOrder, ...] = ()  # what a body needs of the host on an image, read-only
 
     @property
     def own_network(self) -> bool:
@@ -57,7 +58,8 @@ class Order:
     def from_wire(cls, data: dict[str, Any]) -> Order:
         data = dict(data)
         data["limits"] = Limits(**data["limits"])
-        data["mounts"] = tuple(MountOrder(**mount) for mount in data["mounts"])
+        for name in ("mounts", "brought"):
+            data[name] = tuple(MountOrder(**mount) for mount in data[name])
         data["frozen"] = {path: tuple(value) for path, value in data["frozen"].items()}
         for name, value in data.items():
             if isinstance(value, list):

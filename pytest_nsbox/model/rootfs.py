@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 HOST = "host"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # if an image names none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,11 @@ class Rootfs:
     @property
     def is_host(self) -> bool:
         return not self.layers
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """The directories that make up its root, those of a snapshot with them."""
+        return (*self.layers, *self.frozen.get("/", ()))
 
     def to_wire(self) -> dict[str, Any]:
         """The same as plain JSON values."""

@@ -58,6 +58,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from pytest_nsbox.plugin.boxes import boxes_of
 
         boxes_of(session.config).start()
+        if any(runs_inside(item) for item in session.items):
+            from pytest_nsbox.plugin.images import check_images
+
+            check_images(session)
         if any(item.get_closest_marker(MARKER) for item in session.items):
             from pytest_nsbox.plugin.crowd import warn_of_crowd
 

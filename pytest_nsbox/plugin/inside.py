@@ -24,11 +24,12 @@ from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin import luggage, options
 from pytest_nsbox.plugin.body import Body
 from pytest_nsbox.plugin.boxes import boxes_of
+from pytest_nsbox.plugin.images import of_the_suite
 from pytest_nsbox.plugin.passthrough import passthrough
 from pytest_nsbox.plugin.report import add_changes, changed_by_body
 from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
-from pytest_nsbox.session.inside import PATIENCE, Inside
+from pytest_nsbox.session.inside import PATIENCE, Inside, environment
 
 # the plugins whose part in setting up and tearing down is done outside, too
 _PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin")
@@ -234,18 +235,15 @@ class _Visit:
         item = self.item
         spec = spec_of(item, _spec_defaults(item))
         boxes = boxes_of(item.config)
-        if not boxes.session.resolve_rootfs(spec.rootfs).is_host:
-            raise UnsupportedError(
-                f"a body runs inside with pytest's own Python, so on the host's root, not on "
-                f"{spec.rootfs!r}; take nsbox_container to drive that one from outside"
-            )
         if spec.user is not None:
             raise UnsupportedError(
                 f"user={spec.user!r}: a body runs inside as who runs pytest, or tmp_path would be "
                 "out of its reach; take nsbox_container and run commands as that user"
             )
         paths = passthrough(item.config)
-        container = self._stack.enter_context(boxes.container(item, None, spec, passthrough=paths))
+        container = self._stack.enter_context(
+            boxes.container(item, None, spec, passthrough=paths, body=of_the_suite(item.session))
+        )
         self._container = container
         self._faults = os.memfd_create("nsbox-faults")
         self._stack.callback(os.close, self._faults)
@@ -253,7 +251,7 @@ class _Visit:
         # timers do not cross a fork (setitimer(2)): a deadline of this process is the body's now
         self._timer = body.timer = signal.setitimer(signal.ITIMER_REAL, 0)
         self._began = time.monotonic()
-        env = container.spec.env
+        env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
         self._inside = Inside(

@@ -24,7 +24,7 @@ from pytest_nsbox.errors import (
 from pytest_nsbox.model.limits import Limits, Stats
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.results import Change, Result
-from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.model.rootfs import PATH, Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.model.units import format_size
 from pytest_nsbox.session import files, waiting
@@ -32,9 +32,8 @@ from pytest_nsbox.session.inside import Inside, call
 from pytest_nsbox.session.process import Arguments, Process, describe_end
 
 if TYPE_CHECKING:
+    from pytest_nsbox.session.python import Brought
     from pytest_nsbox.session.session import Session
-
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Container:
@@ -50,12 +49,14 @@ class Container:
         spec: SandboxSpec,
         order: Order,
         rootfs: Rootfs,
+        brought: Brought | None,
         reply: wire.Message,
         fds: list[int],
     ) -> None:
         self.session = session
         self.spec = spec
         self.rootfs = rootfs
+        self.brought = brought  # this Python, on an image
         self.name = order.name
         self.hostname = order.hostname
         self.id = int(reply["id"])
@@ -224,7 +225,7 @@ class Container:
         if self.rootfs.is_host:
             env = dict(os.environ)
         else:
-            env = {"PATH": _PATH, "HOME": "/root", **self.rootfs.env}
+            env = {"PATH": PATH, "HOME": "/root", **self.rootfs.env}
         env["HOSTNAME"] = self.hostname
         env.update(self.spec.env)
         return env
@@ -232,7 +233,7 @@ class Container:
     def working_directory(self) -> str | None:
         if self.spec.cwd is not None:
             return self.spec.cwd
-        if not self.rootfs.is_host:
+        if not self.rootfs.is_host and self.brought is None:
             return self.rootfs.cwd or "/"
         try:
             return os.getcwd()

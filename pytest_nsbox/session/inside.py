@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
+from pytest_nsbox.model.rootfs import PATH
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
@@ -52,6 +53,7 @@ class Inside:
             own_user=reply["user"],
             rootless=reply["rootless"],
             capabilities=None if kept is None else frozenset(kept),
+            libraries={} if container.brought is None else container.brought.libraries,
         )
         self._buffer = bytearray()
         self._socket, theirs = socket.socketpair()
@@ -125,6 +127,17 @@ class Inside:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.end()
+
+
+def environment(container: Container) -> dict[str, str]:
+    """What the container adds to the environment of a fork of this process: the image's variables,
+    and on the PATH what of this process's own is there, too."""
+    rootfs, brought = container.rootfs, container.brought
+    if brought is None:
+        return dict(container.spec.env)
+    own = filter(brought.has, os.environ.get("PATH", "").split(":"))
+    paths = {"PATH": ":".join([*own, rootfs.env.get("PATH", PATH)])}
+    return {**rootfs.env, **paths, **container.spec.env}
 
 
 @contextlib.contextmanager

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pytest_nsbox.model import capabilities
 from pytest_nsbox.model.order import MountOrder, Order
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import Bind, SandboxSpec, Tmpfs
 from pytest_nsbox.model.units import parse_size
+
+if TYPE_CHECKING:
+    from pytest_nsbox.session.python import Brought
 
 
 def make_order(
@@ -18,12 +22,14 @@ def make_order(
     rootfs: Rootfs,
     passthrough: Iterable[str],
     visible: Iterable[str],
+    brought: Brought | None = None,
 ) -> Order:
     """The order for one container."""
+    passthrough = tuple(os.path.realpath(path) for path in passthrough)
     return Order(
         name=name,
         hostname=spec.hostname or name,
-        layers=tuple(rootfs.layers),
+        layers=(*([brought.layer] if brought else []), *rootfs.layers),
         frozen=dict(rootfs.frozen),
         by_directory=rootfs.by_directory,
         limits=spec.limits(),
@@ -40,8 +46,13 @@ def make_order(
         capabilities=tuple(sorted(capabilities.resolve(spec.capabilities))),
         privileged=spec.privileged,
         timeout=spec.timeout,
-        passthrough=tuple(os.path.realpath(path) for path in passthrough),
+        passthrough=passthrough,
         visible=tuple(os.path.realpath(path) for path in visible),
+        brought=tuple(
+            mount
+            for mount in (brought.mounts if brought else ())
+            if not any(within(mount.dst, path) for path in passthrough)
+        ),
     )
 
 
@@ -52,3 +63,8 @@ def _mount(mount: Bind | Tmpfs) -> MountOrder:
         )
     size = None if mount.size is None else parse_size(mount.size)
     return MountOrder(dst=os.fspath(mount.dst), size=size)
+
+
+def within(path: str, top: str) -> bool:
+    """Whether a path is another one, or below it."""
+    return path == top or path.startswith(top.rstrip("/") + "/")

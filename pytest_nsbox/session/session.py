@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import (
@@ -28,6 +28,10 @@ from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.session.container import Container
 from pytest_nsbox.session.network import Network
 from pytest_nsbox.session.order import make_order
+
+if TYPE_CHECKING:
+    from pytest_nsbox.rootfs import LayerCache
+    from pytest_nsbox.session.python import Brought
 
 UPLINKS = ("auto", "veth", "pasta", "slirp4netns", "none")
 _TEARDOWN = 30.0  # seconds until a launcher that does not end is an error
@@ -65,6 +69,8 @@ class Session:
         self._owner = 0
         self._names: set[str] = set()
         self._networks = 0
+        self._layers: LayerCache | None = None
+        self._pythons: dict[tuple[str, ...], Brought | str] = {}  # on images; a text: why not
 
     # ------------------------------------------------------------------ life
 
@@ -100,6 +106,10 @@ class Session:
         launcher, self._launcher = self._launcher, None
         assert self._lifeline is not None
         self._lifeline.close()
+        if self._layers is not None:
+            self._layers.close()
+            self._layers = None
+        self._pythons.clear()
         try:
             status = launcher.wait(_TEARDOWN)
         except subprocess.TimeoutExpired:
@@ -159,6 +169,7 @@ class Session:
         spec: SandboxSpec | None = None,
         passthrough: Sequence[str] = (),
         visible: Sequence[str] = (),
+        body: Sequence[str] | None = None,
         **keywords: Any,
     ) -> Container:
         """A running container; a context manager that takes it down.
@@ -166,22 +177,62 @@ class Session:
         `name` is its host name too, unless `hostname` is given. `spec` replaces the session's
         defaults, `keywords` are those of `@pytest.mark.sandbox`. `passthrough` are directories of
         the host to show as they are, writable; `visible` those to show copy-on-write even below
-        /tmp or /run, which a container has for itself.
+        /tmp or /run, which a container has for itself. `body` says that a fork of this process
+        will enter it: on an image, this Python is shown there too, and the paths that `body` names.
 
         Raises SpecError, RootfsError, UnsupportedError or SetupError.
         """
         full = (spec or self.spec).replace(**keywords)
         rootfs = self.resolve_rootfs(full.rootfs)
+        brought = None if body is None else self.python_on(rootfs, body)
+        return self._create(full, name, rootfs, passthrough, visible, brought)
+
+    def _create(
+        self,
+        spec: SandboxSpec,
+        name: str | None,
+        rootfs: Rootfs,
+        passthrough: Sequence[str],
+        visible: Sequence[str],
+        brought: Brought | None,
+    ) -> Container:
         name = self._name(name)
+        visible = [*visible, sys.prefix, sys.base_prefix]
         try:
-            order = make_order(
-                full, name, rootfs, passthrough, [*visible, sys.prefix, sys.base_prefix]
-            )
+            order = make_order(spec, name, rootfs, passthrough, visible, brought)
             reply, fds = self.request("create", order=order.to_wire())
         except BaseException:
             self._names.discard(name)
             raise
-        return Container(self, full, order, rootfs, reply, fds)
+        return Container(self, spec, order, rootfs, brought, reply, fds)
+
+    def python_on(self, rootfs: Rootfs, more: Sequence[str]) -> Brought | None:
+        """What this Python, and the paths `more` with it, takes to be shown on an image; tried
+        when first asked for. Raises UnsupportedError where it does not start."""
+        if rootfs.is_host:
+            return None
+        key = (*rootfs.stack, "", *more)
+        if key not in self._pythons:
+            try:
+                self._pythons[key] = self._bring(rootfs, more)
+            except UnsupportedError as error:
+                self._pythons[key] = str(error)
+        found = self._pythons[key]
+        if isinstance(found, str):
+            raise UnsupportedError(found)
+        return found
+
+    def _bring(self, rootfs: Rootfs, more: Sequence[str]) -> Brought:
+        from pytest_nsbox.rootfs import LayerCache
+        from pytest_nsbox.session import python
+
+        if self._layers is None:
+            self._layers = LayerCache(Path(self._cache))
+        brought = python.bring(rootfs, more, self._layers)
+        spec = SandboxSpec(network="none")
+        with self._create(spec, None, rootfs, (), (), brought) as container:
+            python.must_start(container)
+        return brought
 
     def _name(self, name: str | None) -> str:
         if name is None:
