@@ -30,12 +30,19 @@ def _links() -> set[str]:
     return set(_output("ip", "-brief", "link")) | set(_output("ip", "-brief", "address"))
 
 
+def _ahead(directory: str) -> str:
+    """Whose next init a process is, if it is one: there is another one after each container."""
+    stat = Path(directory, "stat").read_text()
+    parent = stat.rpartition(")")[2].split()[1]
+    return f"the one ahead of {parent}" if "(nsbox-ahead)" in stat else ""
+
+
 def _namespaces() -> set[str]:
     """Every namespace that a process or a mount holds."""
     found = set()
     for path in glob.glob("/proc/[0-9]*/ns/*"):
         try:
-            found.add(os.readlink(path))
+            found.add(_ahead(os.path.dirname(os.path.dirname(path))) or os.readlink(path))
         except OSError:
             continue
     return found | {
@@ -65,10 +72,11 @@ def _processes() -> set[str]:
         try:
             environment = Path(path, "environ").read_bytes()
             command = Path(path, "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            ahead = _ahead(path)
         except OSError:
             continue
         if mark in environment.split(b"\0"):
-            found.add(f"{Path(path).name} {command}")
+            found.add(ahead or f"{Path(path).name} {command}")
     return found
 
 

@@ -35,6 +35,8 @@ def main() -> None:
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
     from pytest_nsbox.launcher import ledger, zygote
 
+    zygote.Zygote.fork_ahead = lambda self: False  # type: ignore[method-assign]
+
     shared, launcher = plan(os.environ[FILE]), os.getpid()
 
     def step(what: str) -> None:

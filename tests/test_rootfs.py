@@ -61,6 +61,9 @@ def test_other_filesystems_of_the_host_show_copy_on_write(pytester: pytest.Pytes
             assert FILE.read_text() == "on the tmpfs\\n"
             assert not (FILE.parent / "new").exists()
 
+        def test_one_that_another_hides_stays_hidden(nsbox_container):
+            assert nsbox_container.run(["ls", "/srv"]).stdout == "top\\n"
+
         def test_read_only(nsbox_container_factory):
             container = nsbox_container_factory(read_only=True)
             done = container.run(["touch", "/opt/nsbox-test/sub/new"])
@@ -72,6 +75,8 @@ def test_other_filesystems_of_the_host_show_copy_on_write(pytester: pytest.Pytes
         mount -t tmpfs opt /opt; mkdir /opt/nsbox-test
         mount -t tmpfs other {mounted}; mkdir {mounted}/sub; echo on the tmpfs > {mounted}/sub/file
         mount --bind {mounted} /opt/nsbox-test
+        mount -t tmpfs a /srv; mkdir /srv/below; mount -t tmpfs b /srv/below
+        mount -t tmpfs c /srv; touch /srv/top
         cd {pytester.path}; exec {sys.executable} -m pytest -p no:cacheprovider
     """
     done = subprocess.run(

@@ -8,29 +8,30 @@ import os
 import resource
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pytest_nsbox import wire
 from pytest_nsbox.init.confine import confinement
 from pytest_nsbox.init.serve import serve
-from pytest_nsbox.init.tree import file_tree, places, prepare_tree
+from pytest_nsbox.init.tree import OwnFile, file_tree, places, prepare_tree
 from pytest_nsbox.kernel import libc, mounts
 from pytest_nsbox.kernel.namespaces import open_namespace
-from pytest_nsbox.kernel.netlink import Netlink, Request
+from pytest_nsbox.kernel.netlink import Netlink
 from pytest_nsbox.model.order import Order
+
+NAME = "nsbox-init"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitPlan:
-    """All that init has to know: plain data."""
+    """All that init has to know but for the container's name and addresses: plain data."""
 
     order: Order
     userns: bool  # whether mounts are made in a user namespace, the container's or one above
     layer: str | None  # the directory on disk for what is written; None: memory
     cover: str | None  # rootless: the directory to lay over the host's root
-    resolv_conf: str
-    hosts: str
     cgroups: tuple[str, ...] | None  # mount options of v1 hierarchies; empty on v2
 
     def to_wire(self) -> dict[str, Any]:
@@ -56,10 +57,39 @@ class InitPlan:
 def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
     """Be PID 1 until the end. `fds` are the sockets to launcher and session, and the
     cgroup.procs files to join by."""
+    # where a user namespace is made, the parent is one that is about to end
+    _leave_the_zygote(fds, NAME, die_with_parent=not plan.userns)
+    _live(plan, fds, lambda: _isolate(plan.order.own_network))
+
+
+def await_plan(zygote: socket.socket) -> NoReturn:
+    """The same for who has been forked ahead of the plan: in namespaces of its own by then."""
+    failed: list[OSError] = []
+
+    def report() -> None:
+        for error in failed:
+            raise error
+
+    try:
+        _leave_the_zygote([zygote.fileno()], "nsbox-ahead", die_with_parent=True)
+        try:
+            _isolate(own_network=True)
+        except OSError as error:
+            failed.append(error)
+        received = wire.receive(zygote)
+        if received is not None:
+            zygote.close()
+            libc.set_process_name(NAME)
+            _live(InitPlan.from_wire(received[0]["plan"]), received[1], report)
+    finally:
+        os._exit(1)
+
+
+def _live(plan: InitPlan, fds: list[int], isolated: Callable[[], None]) -> NoReturn:
     status = 1
     launcher, session = (socket.socket(fileno=fd) for fd in fds[:2])
     try:
-        _leave_the_zygote(plan, fds)
+        isolated()
         _build(plan, launcher, fds[2:])
         serve(launcher, session)
         status = 0
@@ -70,10 +100,10 @@ def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
         os._exit(status)
 
 
-def _leave_the_zygote(plan: InitPlan, keep: list[int]) -> None:
-    if not plan.userns:  # there the parent is one that is about to end
+def _leave_the_zygote(keep: list[int], name: str, *, die_with_parent: bool) -> None:
+    if die_with_parent:
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.set_process_name("nsbox-init")
+    libc.set_process_name(name)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -86,40 +116,23 @@ def _leave_the_zygote(plan: InitPlan, keep: list[int]) -> None:
     os.umask(0o022)
 
 
+def _isolate(own_network: bool) -> None:
+    flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS
+    libc.unshare(flags | (libc.CLONE_NEWNET if own_network else 0))
+
+
 def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> None:
     order = plan.order
-    flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS
-    libc.unshare(flags | (libc.CLONE_NEWNET if order.own_network else 0))
     if order.own_network:
-        fd = open_namespace("net")
-        wire.send(launcher, {"op": "netns"}, [fd])
-        os.close(fd)
-    for fd in cgroup_procs:
-        os.write(fd, b"0")
-        os.close(fd)
-    # after joining: what a cgroup namespace shows as its root is the group of who unshares
-    libc.unshare(libc.CLONE_NEWCGROUP)
-    libc.sethostname(order.hostname)
-    steps = file_tree(
-        order,
-        plan.layer,
-        plan.resolv_conf,
-        plan.hosts,
-        plan.cgroups,
-        in_userns=plan.userns,
-        cover=plan.cover,
-    )
+        _hand_out_network(launcher)
+    _join(cgroup_procs)
+    steps = file_tree(order, plan.layer, plan.cgroups, in_userns=plan.userns, cover=plan.cover)
     mounts.run(steps[:-1])
+    own_files = {step.name: step.open() for step in steps if isinstance(step, OwnFile)}
     # the one way to what the container writes, for the launcher: from inside there is none
     scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     mounts.run(steps[-1:])
-    wired = wire.receive(launcher)
-    if wired is None:
-        raise OSError(104, "the launcher has ended")
-    if order.own_network:
-        netlink = Netlink()
-        netlink.send(Request.from_wire(row) for row in wired[0]["network"])
-        netlink.close()
+    _take_name(launcher, own_files)
     if not order.privileged:
         confinement(frozenset(order.capabilities)).apply()
     # again, since a change of credentials clears it; the zygote is the parent by now
@@ -127,3 +140,30 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
     rows = [place.to_wire() for place in places(steps, plan.layer, plan.order)]
     wire.send(launcher, {"op": "ready", "places": rows}, [scratch])
     os.close(scratch)
+
+
+def _join(cgroup_procs: list[int]) -> None:
+    for fd in cgroup_procs:
+        os.write(fd, b"0")
+        os.close(fd)
+    # after joining: what a cgroup namespace shows as its root is the group of who unshares
+    libc.unshare(libc.CLONE_NEWCGROUP)
+
+
+def _hand_out_network(launcher: socket.socket) -> None:
+    """The launcher configures it from outside, while the mounts are made here."""
+    netns, netlink = open_namespace("net"), Netlink()
+    wire.send(launcher, {"op": "netns"}, [netns, netlink.fileno()])
+    os.close(netns)
+    netlink.close()
+
+
+def _take_name(launcher: socket.socket, own_files: dict[str, int]) -> None:
+    """Wait to be somebody; up to here a container is like any other of its kind."""
+    received = wire.receive(launcher)
+    if received is None:
+        raise OSError(104, "the launcher has ended")
+    libc.sethostname(str(received[0]["hostname"]))
+    for name, fd in own_files.items():
+        os.write(fd, str(received[0]["files"][name]).encode())
+        os.close(fd)

@@ -75,8 +75,6 @@ READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
 def file_tree(
     order: Order,
     layer: str | None,
-    resolv_conf: str,
-    hosts: str,
     cgroups: tuple[str, ...] | None,
     *,
     in_userns: bool,
@@ -89,16 +87,15 @@ def file_tree(
     for v2, or None where there are no cgroups. `in_userns` says that mounts are made in a user
     namespace, and `cover` is an ordinary user's layer over the host's root.
     """
-    host_mounts = [] if order.layers else _mounts.now()
+    mounted = [] if order.layers else _mounts.now()
     where = OLD + layer if layer else LAYER
-    own_files = OwnFiles(order.hostname, hosts, resolv_conf)
     steps = [*_scratch(order), *_own_directories(where)]
     if in_userns and not order.layers:
-        steps += _host_by_directory(host_mounts, where, own_files, order, cover)
+        steps += _host_by_directory(mounted, where, order, cover)
     else:
-        steps += _one_overlay(order, where, own_files, in_userns)
+        steps += _one_overlay(order, where, in_userns)
     if not in_userns and not order.layers:
-        steps += _other_filesystems(host_mounts, where, order)
+        steps += _other_filesystems(mounted, where, order)
     steps += _proc_and_sys(order, in_userns)
     steps += _cgroups(cgroups)
     steps += _dev()
@@ -159,29 +156,23 @@ def _own_directories(where: str) -> Iterator[Step]:
     yield MakeDir(RUN + "/lock", 0o1777)
 
 
-@dataclass(frozen=True)
-class OwnFiles:
-    """The files in /etc that every container has for itself.
+@dataclass(frozen=True, kw_only=True)
+class OwnFile(WriteFile):
+    """A file in /etc that every container has for itself, empty until its name is known.
 
-    They are put into the writable layer before the overlay is mounted: nothing is copied up, and
-    no symbolic link of the image decides where they land.
+    It is put into the writable layer before the overlay is mounted: nothing is copied up, and no
+    symbolic link of the image decides where it lands.
     """
 
-    hostname: str
-    hosts: str
-    resolv_conf: str
-
-    def texts(self) -> dict[str, str]:
-        """Path in the container: what is in it."""
-        texts = (self.hostname + "\n", self.hosts, self.resolv_conf)
-        return dict(zip(OWN_FILES, texts, strict=True))
-
-    def steps(self, etc: str) -> Iterator[Step]:
-        for path, text in self.texts().items():
-            yield WriteFile(etc + path.removeprefix("/etc"), text)
+    name: str  # its path in the container
 
 
-def _one_overlay(order: Order, where: str, own_files: OwnFiles, in_userns: bool) -> Iterator[Step]:
+def _own_files(etc: str) -> Iterator[Step]:
+    for name in OWN_FILES:
+        yield OwnFile(etc + name.removeprefix("/etc"), name=name)
+
+
+def _one_overlay(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
     """The root is one overlay: the layers, or the host's root, below what is written."""
     upper = where + "/upper"
     layers = [*order.layers, *order.frozen.get("/", ())]
@@ -191,7 +182,7 @@ def _one_overlay(order: Order, where: str, own_files: OwnFiles, in_userns: bool)
         if order.layers or not os.path.isdir(name):
             yield MakeDir(upper + name, 0o1777 if name == "/tmp" else 0o755)
     yield LikeDir(f"{upper}/etc", OLD + _top_with(layers, "/etc"))
-    yield from own_files.steps(f"{upper}/etc")
+    yield from _own_files(f"{upper}/etc")
     lower = [OLD + directory for directory in reversed(layers)]
     lower += [] if order.layers else [OLD]
     yield Overlay(tuple(lower), upper, where + "/work", NEW, in_userns)
@@ -234,7 +225,6 @@ def _elsewhere(order: Order, where: str, in_userns: bool, steps: Sequence[Step])
 def _host_by_directory(
     mounts: Sequence[MountPoint],
     where: str,
-    own_files: OwnFiles,
     order: Order,
     cover: str | None,
 ) -> Iterator[Step]:
@@ -245,13 +235,15 @@ def _host_by_directory(
     """
     kernel = {mount.path for mount in mounts if mount.fstype in KERNEL_FILESYSTEMS}
     below = {parent for mount in mounts for parent in _parents(mount.path)}
-    yield MakeDir(LAYER + "/root")  # not a tmpfs of its own, which would have a size of its own
-    yield BindMount(LAYER + "/root", NEW, flags=MS_NODEV)
+    root = LAYER + "/root"
+    yield MakeDir(root)  # not a tmpfs of its own, which would have a size of its own
+    yield BindMount(root, NEW, flags=MS_NODEV)
     for name in REPLACED:
         yield MakeDir(NEW + name, 0o1777 if name == "/tmp" else 0o755)
-    etc = NEW + "/etc" if "/etc" in below else f"{where}/host/etc/upper"
+    # not by the new root, which may become read-only before they are written
+    etc = f"{root}/etc" if "/etc" in below else f"{where}/host/etc/upper"
     yield LikeDir(etc, OLD + "/etc")
-    yield from own_files.steps(etc)
+    yield from _own_files(etc)
     kept = _kept(order, below)
     waiting = [f"/{name}" for name in sorted(os.listdir("/"))]
     while waiting:
@@ -321,6 +313,8 @@ def _other_filesystems(mounts: Iterable[MountPoint], where: str, order: Order) -
         if mount.path == "/" or mount.fstype in KERNEL_FILESYSTEMS:
             continue
         if _below(mount.path, (*REPLACED, *_ENGINES, *OWN_FILES)):
+            continue
+        if not os.path.lexists(mount.path):  # another one has been mounted over it
             continue
         if mount.read_only:
             yield BindMount(OLD + mount.path, NEW + mount.path, read_only=True)

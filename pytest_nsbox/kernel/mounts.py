@@ -264,19 +264,22 @@ class WriteFile:
     """A file with this text; None of it reaches what was there before."""
 
     path: str
-    text: str
+    text: str = ""
     mode: int = 0o644
 
     def describe(self) -> str:
         return f"write {self.path}"
 
     def do(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self.path, flags, self.mode)
+        fd = self.open(os.O_CREAT | os.O_TRUNC)
         try:
             os.write(fd, self.text.encode())
         finally:
             os.close(fd)
+
+    def open(self, flags: int = 0) -> int:
+        """A descriptor to write to it."""
+        return os.open(self.path, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, self.mode)
 
 
 @dataclass(frozen=True)
@@ -438,7 +441,8 @@ class MountWatch:
         self._found: list[MountPoint] = []
 
     def now(self) -> list[MountPoint]:
-        """What is mounted. A forked child is given what its parent knew."""
+        """What is mounted, the same object until that changes. A forked child is given what its
+        parent knew."""
         if self._pid and self._pid != os.getpid():
             return self._found
         if self._fd < 0:

@@ -42,14 +42,6 @@ class Request:
     def describe(self) -> str:
         return self.what
 
-    def to_wire(self) -> list[Any]:
-        return [self.what, self.kind, self.flags, self.payload.hex()]
-
-    @classmethod
-    def from_wire(cls, row: list[Any]) -> Request:
-        what, kind, flags, payload = row
-        return cls(what, kind, flags, bytes.fromhex(payload))
-
 
 def encode(message: Any) -> bytes:
     """The bytes of a pyroute2 message, without the netlink header."""
@@ -71,6 +63,14 @@ class Netlink:
         self._socket.bind((0, groups))
         self._socket.settimeout(timeout)
         self._sequence = 0
+
+    @classmethod
+    def adopt(cls, fd: int) -> Netlink:
+        """One that another process has made, in the network namespace that it was made in."""
+        netlink = cls.__new__(cls)
+        netlink._socket = socket.socket(fileno=fd)
+        netlink._sequence = 0
+        return netlink
 
     def close(self) -> None:
         self._socket.close()

@@ -1,5 +1,6 @@
-"""One container, built and taken down. The order of building is written in `build`; taking down
-is that list backwards."""
+"""One container, built and taken down. The order of building is written in `begin`, which does
+what is the same for all containers of a kind, and `finish`, which makes one of them somebody;
+taking down is that list backwards."""
 
 from __future__ import annotations
 
@@ -12,18 +13,17 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan
-from pytest_nsbox.init.tree import OwnFiles
 from pytest_nsbox.kernel import cgroup, link
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.mounts import mount_points
-from pytest_nsbox.kernel.netlink import Request
+from pytest_nsbox.kernel.netlink import Netlink, Request
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
@@ -35,6 +35,7 @@ from pytest_nsbox.model.limits import Stats
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.place import Place
 
+Joiner = Callable[[], Interface]
 UNTIL_DEAD = 5.0  # seconds that a killed container has to end in
 _PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
 _FIRST_INTERFACE = 2  # lo is 1 in every network namespace
@@ -52,6 +53,7 @@ class Container:
     pid: int = 0
     pidfd: int = -1
     init: socket.socket | None = None  # the launcher's own line to init
+    line: socket.socket | None = None  # the session's, until it is handed over
     alive: bool = False
     reason: str = ""  # why it died, where that is known
     last: Stats | None = None  # taken before it was killed
@@ -96,10 +98,10 @@ class Container:
     def state(self) -> wire.Message:
         """What there is to say about it, dead or alive."""
         stats = self.last
-        if self.cgroup is not None and self.alive:
+        if self.cgroup is not None and self.alive and stats is None:
             stats = self.cgroup.stats()
         return {
-            "alive": self.alive,
+            "alive": self.alive and not self.reason,
             "reason": self.reason,
             "stats": None if stats is None else vars(stats),
         }
@@ -119,57 +121,59 @@ class Workshop:
     cover: str | None = None  # rootless: the directory laid over the host's root
 
 
-def build(
-    id: int,
-    order: Order,
-    interfaces: Sequence[Callable[[], Interface]],
-    workshop: Workshop,
-) -> tuple[Container, socket.socket]:
-    """Build a container; returns it and the session's line to its init.
+def begin(id: int, order: Order, workshop: Workshop) -> Container:
+    """Fork a container, which then builds all of itself that does not depend on its name, its
+    networks and its neighbours.
 
-    Raises an NsboxError, and leaves nothing, when a step fails.
+    Raises an NsboxError, and leaves nothing, when a step fails; what fails in the container
+    itself is raised by `finish`.
     """
     container = Container(id, order, Undo())
-    abandon = contextlib.ExitStack()  # what is the session's if all goes well
-    try:
-        for join in interfaces:
-            interface = join()
-            container.interfaces.append(interface)
-            container.undo.push(f"give back {interface.ip}", interface.leave)
+    with _or_nothing(container):
         _limit(container, workshop)
-        layer = _layer_on_disk(container, workshop)
         plan = InitPlan(
             order=_bounded(order),
             userns=order.userns or workshop.rootless,
-            layer=layer,
+            layer=_layer_on_disk(container, workshop),
             cover=_cover(order, workshop),
-            resolv_conf=names.resolv_conf(
-                order.dns,
-                _reach(container),
-                next((i.bridge.hub.name_server for i in container.interfaces), None),
-            ),
-            hosts=names.hosts(known_names(container), order.hosts),
             cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
         _check_snapshot(plan)
-        container.own_files = OwnFiles(order.hostname, plan.hosts, plan.resolv_conf).texts()
-        session = _fork(container, plan, workshop.zygote, abandon)
+        _fork(container, plan, workshop.zygote)
+    return container
+
+
+def finish(container: Container, order: Order, joiners: Iterable[Joiner]) -> None:
+    """Make a container that has been begun the one that is ordered.
+
+    Raises an NsboxError, and leaves nothing of it, when a step fails.
+    """
+    container.order = order
+    with _or_nothing(container):
+        for join in joiners:
+            interface = join()
+            container.interfaces.append(interface)
+            container.undo.push(f"give back {interface.ip}", interface.leave)
         _wire(container)
         ready, (container.scratch,) = _await(container, "ready")
         container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
         container.places = [Place.from_wire(row) for row in ready["places"]]
         for interface in container.interfaces:
             interface.bridge.hub.netlink.settle(interface.port)
+
+
+@contextlib.contextmanager
+def _or_nothing(container: Container) -> Iterator[None]:
+    """Undo what has been done of a container when something fails."""
+    try:
+        yield
     except OSError as error:
-        failed = SetupError(f"container {order.name!r}: {error.strerror or error}")
-        abandon.close()
+        failed = SetupError(f"container {container.order.name!r}: {error.strerror or error}")
         container.undo.run_after(failed)
         raise failed from error
     except BaseException as error:
-        abandon.close()
         container.undo.run_after(error)
         raise
-    return container, session
 
 
 def _reach(container: Container) -> str:
@@ -275,8 +279,6 @@ def _bounded(order: Order) -> Order:
 
 
 def _inside_requests(container: Container) -> list[Request]:
-    if not container.order.own_network:
-        return []
     requests = [link.up(link.LOOPBACK, "lo")]
     first_out = next(
         (i for i in container.interfaces if i.bridge.hub.internet),
@@ -289,15 +291,13 @@ def _inside_requests(container: Container) -> list[Request]:
     return requests
 
 
-def _fork(
-    container: Container, plan: InitPlan, zygote: Zygote, abandon: contextlib.ExitStack
-) -> socket.socket:
-    """Have PID 1 forked; returns the session's line to it."""
+def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> None:
+    """Have PID 1 forked, or one that was forked ahead begin."""
     ours, launcher_end = wire.pair()
-    session_end, init_end = wire.pair()
-    abandon.callback(session_end.close)
+    container.line, init_end = wire.pair()
     container.init = ours
     container.undo.push("close init's socket", ours.close)
+    container.undo.push("close the session's line", container.line.close)
     with contextlib.ExitStack() as opened:
         fds = [opened.enter_context(end).fileno() for end in (launcher_end, init_end)]
         if container.cgroup is not None:
@@ -313,23 +313,35 @@ def _fork(
     container.undo.push("reap init", container.reap)
     container.undo.push("kill init", lambda: container.kill("stopped"))
     ours.settimeout(_PATIENCE)
-    return session_end
 
 
 def _wire(container: Container) -> None:
-    """Put the interfaces into the container's network namespace, while init mounts."""
-    if container.order.own_network:
-        _, fds = _await(container, "netns")
+    """Connect it with its networks, while init mounts, and tell it its name."""
+    order = container.order
+    if order.own_network:
+        _, (netns, inside) = _await(container, "netns")
+        netlink = Netlink.adopt(inside)
         try:
             for number, interface in enumerate(container.interfaces):
                 hub = interface.bridge.hub
-                hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, fds[0]))
+                hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, netns))
+            netlink.send(_inside_requests(container))
         finally:
-            wire.close_all(fds)
+            netlink.close()
+            os.close(netns)
+    container.own_files = {
+        names.HOSTNAME: f"{order.hostname}\n",
+        names.HOSTS: names.hosts(known_names(container), order.hosts),
+        names.RESOLV_CONF: names.resolv_conf(
+            order.dns,
+            _reach(container),
+            next((i.bridge.hub.name_server for i in container.interfaces), None),
+        ),
+    }
     assert container.init is not None
-    inside = [request.to_wire() for request in _inside_requests(container)]
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its last word says why
-        wire.send(container.init, {"op": "wired", "network": inside})
+        message = {"hostname": order.hostname, "files": container.own_files}
+        wire.send(container.init, message)
 
 
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:

@@ -92,13 +92,14 @@ class Bridge:
         self.hub.netlink.send([link.delete(self.index, f"br{self.index}")])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Interface:
     """One end of a container on one network."""
 
     bridge: Bridge
     number: int
     port: int  # index of the veth's end in the hub
+    _left: bool = False
 
     @property
     def ip(self) -> str:
@@ -144,8 +145,11 @@ class Interface:
         return requests
 
     def leave(self) -> None:
-        self.bridge.members.pop(self.number, None)
-        self.bridge.subnet.give_back(self.number)
+        """Give the address back; a second time does nothing."""
+        if not self._left:
+            self._left = True
+            self.bridge.members.pop(self.number, None)
+            self.bridge.subnet.give_back(self.number)
 
 
 def make_socket(hub: Hub, home: int, family: int, kind: int) -> socket.socket:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 
-HOSTS = "/etc/hosts"
+HOSTS, HOSTNAME, RESOLV_CONF = "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"
 # the first is ours; the others are what users of Docker and Testcontainers have written down
 OF_THE_HOST = "host.nsbox.internal host.docker.internal host.testcontainers.internal"
 _SYSTEMD_UPSTREAM = "/run/systemd/resolve/resolv.conf"
@@ -29,7 +29,7 @@ def resolv_conf(dns: tuple[str, ...] | None, network: str, stand_in: str | None 
         return "".join(f"nameserver {address}\n" for address in dns)
     if network in ("none", "isolated"):
         return "# this network has no way out, so no name server either\n"
-    text = _read("/etc/resolv.conf")
+    text = _read(RESOLV_CONF)
     if network == "host" or _reachable(text):
         return "\n".join(_kept(text, network == "host")) + "\n"
     # a stub on the host's loopback is out of a container's reach; it names those it asks itself

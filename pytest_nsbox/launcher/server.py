@@ -26,12 +26,13 @@ from pytest_nsbox.errors import (
 from pytest_nsbox.kernel import cgroup, libc
 from pytest_nsbox.launcher import ledger, names, tunnel
 from pytest_nsbox.launcher.audit import left_by_this
-from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, build, known_names
+from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, begin, finish, known_names
 from pytest_nsbox.launcher.changes import Own, read_changes, write_upper
 from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.envoy import Envoy
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
+from pytest_nsbox.launcher.pool import Pool
 from pytest_nsbox.launcher.ports import HostPorts, forward_port
 from pytest_nsbox.launcher.snapshot import take_snapshot
 from pytest_nsbox.launcher.standing import Standing
@@ -45,6 +46,7 @@ from pytest_nsbox.model.limits import Limits
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.wire import Message
 
+_MOST_DYING = 8
 Reply = tuple[Message, list[int]]
 Answer = Reply | Work  # a child's work answers for itself
 
@@ -57,6 +59,8 @@ class Launcher:
         self.options = options
         self.undo = Undo()
         self.containers: dict[int, Container] = {}
+        self.dying: dict[int, Container] = {}  # killed, with nobody waiting for their end
+        self.late: list[NsboxError] = []  # what went wrong with these
         self.bridges: dict[int, Bridge] = {}
         self.timers: list[tuple[float, int]] = []  # a heap: when, which container
         self.last_id = 0
@@ -102,6 +106,11 @@ class Launcher:
             why = self.options["no_scope"]
             self.workshop.no_cgroups = str(error) + (f" ({why})" if why else "")
         self._hub(True)
+        self.pool = Pool(int(self.options["pool"]), self._begin)
+
+    def _begin(self, order: Order) -> Container:
+        self.last_id += 1
+        return begin(self.last_id, order, self.workshop)
 
     def _remove_cover(self) -> None:
         if self.workshop.cover is not None:
@@ -126,17 +135,36 @@ class Launcher:
             timeout = None
             if self.timers:
                 timeout = max(self.timers[0][0] - time.monotonic(), 0)
-            for key, _ in self.selector.select(timeout):
+            events = self.selector.select(0)
+            if not events:
+                if self._work_ahead():
+                    continue
+                events = self.selector.select(timeout)
+            for key, _ in events:
                 # what was done about one may have ended the interest in the next
                 if self.selector.get_map().get(key.fileobj) is key:
                     key.data()
             self._expire()
+
+    def _work_ahead(self) -> bool:
+        """Do something that will be wanted soon; whether there was something."""
+        if self.pool.wants() is not None:
+            self.pool.fill()
+            return True
+        return self.workshop.zygote.fork_ahead()
 
     def close(self) -> None:
         """Take everything down. Raises the first error, the others in its notes."""
         errors: list[NsboxError] = []
         for worker in list(self.workers.items()):
             stop(*worker)
+        try:
+            self.pool.drop()
+        except NsboxError as error:
+            errors.append(error)
+        for container in list(self.dying.values()):
+            self._bury(container)
+        errors += self.late
         until = time.monotonic() + UNTIL_DEAD
         for container in list(self.containers.values()):
             container.kill("stopped")
@@ -217,19 +245,13 @@ class Launcher:
     def create(self, message: Message, fds: list[int]) -> Reply:
         """Build a container."""
         order = Order.from_wire(message["order"])
-        self.last_id += 1
-        container, line = build(
-            self.last_id,
-            order,
-            [self._joiner(bridge, order) for bridge in self._bridges_of(order)],
-            self.workshop,
-        )
+        container = self._build(order)
         self.containers[container.id] = container
+        self.pool.given(container)
         try:
             self._attend(container, order)
             pidfd = os.dup(container.pidfd)
         except BaseException as error:
-            line.close()
             container.kill("stopped")
             self._forget(container)
             container.undo.run_after(error)
@@ -239,7 +261,20 @@ class Launcher:
             "pid": container.pid,
             "addresses": [[i.ip, i.ip6, i.bridge.id] for i in container.interfaces],
         }
-        return reply, [line.detach(), pidfd]
+        assert container.line is not None
+        return reply, [container.line.detach(), pidfd]
+
+    def _build(self, order: Order) -> Container:
+        bridges = self._bridges_of(order)
+        joiners = [self._joiner(bridge, order) for bridge in bridges]
+        container = self.pool.take(order)
+        if container is not None:
+            with contextlib.suppress(NsboxError):  # a new one is built, or fails and says why
+                finish(container, order, joiners)
+                return container
+        container = self._begin(order)
+        finish(container, order, joiners)
+        return container
 
     def _attend(self, container: Container, order: Order) -> None:
         """Notice its end, its time and its want of memory; make it known to its neighbours."""
@@ -328,6 +363,8 @@ class Launcher:
         self.selector.unregister(container.pidfd)
         self._out_of_memory(container)
         container.reap()
+        if container.id in self.dying:
+            self._bury(container)
 
     def _tell_neighbours(self, container: Container) -> None:
         """A new name on a network is known to those who were there before."""
@@ -358,8 +395,30 @@ class Launcher:
         if container is None:
             return {}, []
         container.kill("stopped")
-        self._destroy(container.id)
+        if message.get("later"):
+            self._leave_to_die(container)
+        else:
+            self._destroy(container.id)
         return container.state(), []
+
+    def _leave_to_die(self, container: Container) -> None:
+        """Go on while the kernel takes it down; the addresses are free for the next one. So few
+        are left like this that what they still hold stays small."""
+        for interface in container.interfaces:
+            interface.leave()
+        self.dying[container.id] = self.containers.pop(container.id)
+        container.until = time.monotonic() + UNTIL_DEAD
+        if not container.alive:
+            self._bury(container)
+        while len(self.dying) > _MOST_DYING:
+            self._bury(next(iter(self.dying.values())))
+
+    def _bury(self, container: Container) -> None:
+        self.containers[container.id] = self.dying.pop(container.id)
+        try:
+            self._destroy(container.id)
+        except NsboxError as error:
+            self.late.append(error)
 
     def _destroy(self, id: int) -> None:
         container = self.containers[id]
@@ -368,6 +427,7 @@ class Launcher:
 
     def _forget(self, container: Container) -> None:
         del self.containers[container.id]
+        self.pool.gone(container)
         with contextlib.suppress(KeyError):
             self.selector.unregister(container.pidfd)
 

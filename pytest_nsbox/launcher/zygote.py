@@ -10,14 +10,17 @@ import contextlib
 import gc
 import os
 import resource
+import select
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError, UnsupportedError
-from pytest_nsbox.init.setup import InitPlan, run_init
+from pytest_nsbox.init.setup import InitPlan, await_plan, run_init
 from pytest_nsbox.kernel import libc, namespaces, userns
+from pytest_nsbox.kernel.mounts import MountWatch
 
 
 class Zygote:
@@ -26,6 +29,10 @@ class Zygote:
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self._pid = pid
         self._socket = sock
+        self._last: InitPlan | None = None
+        self._ahead: socket.socket | None = None  # what tells of the init forked ahead
+        self._mounts = MountWatch()
+        self._mounted: object = None  # what was on the host when that was asked for
 
     @classmethod
     def start(cls) -> Zygote:
@@ -43,8 +50,62 @@ class Zygote:
     def fork_init(self, plan: InitPlan, fds: list[int]) -> tuple[int, int]:
         """A new PID 1; returns its pid and a pidfd. `fds` are the sockets to launcher and
         session, then the cgroup.procs files. Raises SetupError."""
-        reply, received = wire.request(self._socket, {"plan": plan.to_wire()}, fds)
+        self._last = plan
+        message = {"plan": plan.to_wire()}
+        if _may_be_ahead(plan) and (found := self._take_ahead(message, fds)) is not None:
+            return found
+        reply, received = wire.request(self._socket, message, fds)
         return int(reply["pid"]), received[0]
+
+    def fork_ahead(self) -> bool:
+        """Have the next init forked, and in namespaces of its own, before it is asked for, if the
+        last one was such that it may be. Does not wait for it; False where there is no need."""
+        plan, self._last = self._last, None
+        if plan is None or self._ahead is not None or not _may_be_ahead(plan):
+            return False
+        self._mounted = self._mounts.now()
+        ours, theirs = wire.pair()
+        with theirs:
+            try:
+                message = {"plan": plan.to_wire(), "ahead": True}
+                wire.send(self._socket, message, [theirs.fileno()])
+            except OSError:  # said when one is needed
+                ours.close()
+                return False
+        self._ahead = ours
+        return True
+
+    def _take_ahead(self, message: wire.Message, fds: list[int]) -> tuple[int, int] | None:
+        """The one forked ahead, now with a plan; None where it will not do."""
+        if self._ahead is None:
+            return None
+        if self._mounted is not self._mounts.now():  # it has another mount namespace's copy
+            self._end_ahead()
+            return None
+        with self._ahead as answer:
+            self._ahead = None
+            try:
+                reply, (pidfd, sock) = wire.reply_of(answer)
+            except NsboxError:  # the same will happen again, and be said
+                return None
+        with socket.socket(fileno=sock) as init:
+            try:
+                wire.send(init, message, fds)
+            except OSError:  # somebody has killed it
+                os.close(pidfd)
+                return None
+        return int(reply["pid"]), pidfd
+
+    def _end_ahead(self) -> None:
+        """Without a plan it ends; wait until it has."""
+        if self._ahead is None:
+            return
+        with self._ahead as answer, contextlib.suppress(NsboxError):
+            self._ahead = None
+            _, fds = wire.reply_of(answer)
+            os.close(fds.pop())
+            select.select(fds, [], [])
+            wire.close_all(fds)
 
     def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:
         """A process that forwards to a port of the host's loopback; returns a pidfd. `fds` are
@@ -55,8 +116,15 @@ class Zygote:
 
     def close(self) -> None:
         """End it, and wait until it has ended."""
+        self._end_ahead()
         self._socket.close()
         os.waitpid(self._pid, 0)
+
+
+def _may_be_ahead(plan: InitPlan) -> bool:
+    """Whether its namespaces are those that nearly every container has."""
+    order = plan.order
+    return order.own_network and order.uptime is None and not plan.userns
 
 
 def _live(launcher: socket.socket) -> None:
@@ -75,23 +143,27 @@ def _live(launcher: socket.socket) -> None:
             return
         message, (answer, *fds) = received
         reply: wire.Message = {}
-        pidfds: list[int] = []
+        out: list[int] = []
         try:
             if "forward" in message:
                 pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
             else:
                 plan = InitPlan.from_wire(message["plan"])
                 plan.prepare()
-                pid = _fork(plan, fds)
+                if message.get("ahead"):
+                    pid, line = _fork_ahead()
+                    out.append(line)
+                else:
+                    pid = _fork(plan, fds)
             reply = {"pid": pid}
-            pidfds = [os.pidfd_open(pid)]
+            out.insert(0, os.pidfd_open(pid))
         except Exception as error:
             reply = {"error": wire.dump_error(error)}
         finally:
             wire.close_all(fds)
         with socket.socket(fileno=answer) as sock, contextlib.suppress(OSError):
-            wire.send(sock, reply, pidfds)
-        wire.close_all(pidfds)
+            wire.send(sock, reply, out)
+        wire.close_all(out)
 
 
 def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
@@ -119,26 +191,37 @@ def close_all_but(keep: Iterable[int]) -> None:
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
+def _fork_ahead() -> tuple[int, int]:
+    """An init that has no plan yet, and the socket that it waits for one on."""
+    ours, theirs = wire.pair()
+    with ours, theirs:
+        return _in_new_namespaces(None, lambda: await_plan(theirs)), ours.detach()
+
+
 def _fork(plan: InitPlan, fds: list[int]) -> int:
     if plan.userns:
         return _fork_by_one_between(plan, fds)
+    return _in_new_namespaces(plan.order.uptime, lambda: run_init(plan, fds))
+
+
+def _in_new_namespaces(uptime: float | None, init: Callable[[], NoReturn]) -> int:
+    """Fork PID 1; later children of this process are not to be in its namespaces."""
     with contextlib.ExitStack() as stack:
-        # later children are not to be in the new ones
-        for kind in ("pid",) if plan.order.uptime is None else ("pid", "time"):
+        for kind in ("pid",) if uptime is None else ("pid", "time"):
             own = namespaces.open_namespace(kind)
             stack.callback(os.close, own)
             stack.callback(libc.setns, own, namespaces.FLAGS[kind])
-        return _fork_into_new(plan, fds)
+        return _fork_into_new(uptime, init)
 
 
-def _fork_into_new(plan: InitPlan, fds: list[int]) -> int:
+def _fork_into_new(uptime: float | None, init: Callable[[], NoReturn]) -> int:
     """Fork the first process of new PID and time namespaces."""
     libc.unshare(libc.CLONE_NEWPID)
-    if plan.order.uptime is not None:
-        _set_uptime(plan.order.uptime)
+    if uptime is not None:
+        _set_uptime(uptime)
     pid = os.fork()
     if pid == 0:
-        run_init(plan, fds)
+        init()
     return pid
 
 
@@ -194,7 +277,8 @@ def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> None:
             wire.send(zygote, {})
             if wire.receive(zygote) is None:
                 return
-        wire.send(zygote, {"pid": _fork_into_new(plan, fds)})
+        pid = _fork_into_new(plan.order.uptime, lambda: run_init(plan, fds))
+        wire.send(zygote, {"pid": pid})
     except (NsboxError, OSError) as error:
         wire.send(zygote, {"error": wire.dump_error(error)})
     finally:

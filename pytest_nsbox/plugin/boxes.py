@@ -42,6 +42,7 @@ class Boxes:
             subnet=options.value(config, "subnet"),
             uplink=options.value(config, "uplink"),
             spec=defaults(config),
+            pool=options.number(config, "pool"),
             resolve_rootfs=self._resolve_rootfs,
         )
 
@@ -77,10 +78,13 @@ class Boxes:
                 name, spec=spec, visible=[path for path in visible if path], **where
             )
         containers_of(item).append(container)
-        with container:
+        try:
             item.ihook.pytest_nsbox_container_started(container=container, item=item)
             try:
                 yield container
             finally:
                 container.settle()
                 item.ihook.pytest_nsbox_container_stopping(container=container, item=item)
+        finally:
+            # with others made ahead, the next test need not wait for the end of this one
+            container.close(wait=not self.session.pool)

@@ -63,6 +63,13 @@ OPTIONS = {
             ("auto", "veth", "pasta", "slirp4netns", "none"),
         ),
         Option(
+            "pool",
+            "how many containers may be made ahead, while tests run, of the kinds that tests ask "
+            "for; 0 for none, and then each test waits until its containers are gone",
+            "4",
+            metavar="N",
+        ),
+        Option(
             "unsupported",
             "what a test does on a host that cannot give what it asks for",
             "error",
@@ -136,6 +143,14 @@ def value(config: pytest.Config, name: str) -> str:
     return str(given)
 
 
+def number(config: pytest.Config, name: str) -> int:
+    """The same for an option that is a number. Raises pytest.UsageError."""
+    text = value(config, name)
+    if not text.isdecimal():
+        raise pytest.UsageError(f"--nsbox-{name}={text}: {OPTIONS[name].help}; a number, 0 or more")
+    return int(text)
+
+
 def _ini(config: pytest.Config, name: str) -> Any:
     found = config.getini(name)
     if found and name == OPTIONS["rootfs"].ini and found != "host" and ":" not in found:
@@ -170,6 +185,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     for name in OPTIONS:
         value(config, name)
+    number(config, "pool")
     if value(config, "subnet") == OPTIONS["subnet"].default:
         return
     from pytest_nsbox.errors import SpecError

@@ -78,8 +78,12 @@ class Container:
 
     # ------------------------------------------------------------------ life
 
-    def close(self) -> None:
-        """Take it down, with everything in it. A second time does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Take it down, with everything in it. A second time does nothing.
+
+        Without `wait` it is killed, and this returns before the kernel has finished with it; what
+        then goes wrong is raised when the session is closed.
+        """
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
@@ -87,7 +91,7 @@ class Container:
             # PID 1 cannot end before those are reaped, and they are this process's children
             for body in list(self.bodies):
                 body.kill()
-            self._last, _ = self.session.request("destroy", id=self.id)
+            self._last, _ = self.session.request("destroy", id=self.id, later=not wait)
         finally:
             self._init.close()
             os.close(self.pidfd)

@@ -41,9 +41,10 @@ class Session:
     """Containers for as long as it is open.
 
     `subnet` is the default network's, `uplink` how containers reach the outside, `cache` the
-    directory of unpacked images. `spec` gives the defaults of every container. Nothing is started
-    before it is entered or first used; what it has made is taken down when it is closed, and also
-    when this process dies.
+    directory of unpacked images. `spec` gives the defaults of every container. Up to `pool`
+    containers like those that there were are made ahead, while others are in use. Nothing is
+    started before it is entered or first used; what it has made is taken down when it is closed,
+    and also when this process dies.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Session:
         uplink: str = "auto",
         cache: str | os.PathLike[str] | None = None,
         spec: SandboxSpec | None = None,
+        pool: int = 0,
         resolve_rootfs: Callable[[str], Rootfs | None] | None = None,
     ) -> None:
         parse_subnet(subnet)
@@ -60,7 +62,10 @@ class Session:
             raise SpecError(f"uplink {uplink!r} is not one of {', '.join(UPLINKS)}")
         self.subnet = subnet
         self.uplink = uplink
+        if pool < 0:
+            raise SpecError(f"pool={pool}: a number of containers, 0 for none")
         self.spec = spec or SandboxSpec()
+        self.pool = pool
         self._cache = os.fspath(cache) if cache is not None else _cache_directory()
         self._resolve_rootfs = resolve_rootfs
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -82,7 +87,12 @@ class Session:
         self._owner = os.getpid()
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as we do
         ours, theirs = wire.pair()
-        options = {"subnet": self.subnet, "uplink": self.uplink, "cache": self._cache}
+        options = {
+            "subnet": self.subnet,
+            "uplink": self.uplink,
+            "cache": self._cache,
+            "pool": self.pool,
+        }
         command = [sys.executable, "-P", "-m", "pytest_nsbox.launcher"]
         with theirs:
             self._launcher = subprocess.Popen(

@@ -1,0 +1,173 @@
+"""Where the time of one creation goes, step by step.
+
+    .venv/bin/python bench/trace.py [--runs N] [--pool N]
+
+The launcher is started with its steps wrapped: each notes when it began and ended, on the clock
+that all processes share and in memory that all of them share. The notes cost some time, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import mmap
+import os
+import runpy
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+_FILE = "NSBOX_TRACE"
+_COUNT = struct.Struct("=i")
+_NOTE = struct.Struct("=dd16s56s")
+_ROOM, _ROOMS = 32 << 10, 1 << 12  # bytes for the notes of one process, and for how many
+
+
+class Note(NamedTuple):
+    began: float
+    ended: float
+    who: str
+    what: str
+
+
+class Notes:
+    """A room for each process, so that none waits for another."""
+
+    def __init__(self, path: str) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(fd, _ROOM * _ROOMS)
+            self._memory = mmap.mmap(fd, _ROOM * _ROOMS)
+        finally:
+            os.close(fd)
+        self._move("launcher")
+        os.register_at_fork(after_in_child=lambda: self._move("init"))
+
+    def _move(self, who: str) -> None:
+        self.who = who
+        self._room = int.from_bytes(os.urandom(2)) % _ROOMS * _ROOM
+
+    def add(self, what: str, began: float) -> None:
+        (count,) = _COUNT.unpack_from(self._memory, self._room)
+        place = self._room + _COUNT.size + count * _NOTE.size
+        if place + _NOTE.size <= self._room + _ROOM:
+            row = (began, time.perf_counter(), self.who.encode(), what.encode()[:56])
+            _NOTE.pack_into(self._memory, place, *row)
+            _COUNT.pack_into(self._memory, self._room, count + 1)
+
+    def read(self) -> list[Note]:
+        found = []
+        for room in range(0, _ROOM * _ROOMS, _ROOM):
+            (count,) = _COUNT.unpack_from(self._memory, room)
+            for number in range(count):
+                row = _NOTE.unpack_from(self._memory, room + _COUNT.size + number * _NOTE.size)
+                texts = (text.rstrip(b"\0").decode(errors="replace") for text in row[2:])
+                found.append(Note(row[0], row[1], *texts))
+        return sorted(found)
+
+
+def _launch() -> None:
+    """Be a launcher whose steps are noted."""
+    from pytest_nsbox.init import setup
+    from pytest_nsbox.init.confine import Confinement
+    from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
+    from pytest_nsbox.launcher import zygote
+
+    notes = Notes(os.environ[_FILE])
+
+    def wrap(owner: Any, name: str, what: str) -> None:
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def noted(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return real(*args, **options)
+            finally:
+                notes.add(what.format(*args), began)
+
+        setattr(owner, name, noted)
+
+    def run(steps: Iterable[mounts.Step]) -> None:
+        for step in steps:
+            began = time.perf_counter()
+            step.do()
+            notes.add(step.describe(), began)
+
+    setup.mounts.run = run  # type: ignore[attr-defined]
+    wrap(cgroup_files, "mkdir", "mkdir cgroup")
+    wrap(cgroup_files, "write", "write cgroup")
+    wrap(netlink.Netlink, "send", "netlink")
+    wrap(zygote.Zygote, "fork_init", "zygote: fork, or hand over the plan")
+    wrap(setup, "_isolate", "unshare")
+    wrap(setup, "_join", "join the cgroups")
+    wrap(setup, "file_tree", "plan the mounts")
+    wrap(setup, "_take_name", "wait for the name, write the own files")
+    wrap(Confinement, "apply", "capabilities, seccomp")
+    wrap(libc, "set_process_name", "call it {0}")
+    runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
+
+
+def _trace(runs: int, pool: int) -> list[list[Note]]:
+    """The notes of each creation, in order, counted from its beginning."""
+    from pytest_nsbox import Session
+
+    start = subprocess.Popen.__init__
+
+    def start_traced(self: Any, args: Any, *rest: Any, **options: Any) -> None:
+        if "pytest_nsbox.launcher" in args:
+            args = [sys.executable, __file__, *args[args.index("pytest_nsbox.launcher") + 1 :]]
+        start(self, args, *rest, **options)
+
+    subprocess.Popen.__init__ = start_traced  # type: ignore[method-assign]
+    windows = []
+    with tempfile.NamedTemporaryFile(prefix="nsbox-trace-") as file:
+        os.environ[_FILE] = file.name
+        with Session(pool=pool) as session:
+            for _ in range(runs):
+                began = time.perf_counter()
+                with session.container(cpus=1, memory="256M", pids=100):
+                    windows.append((began, time.perf_counter()))
+                time.sleep(0.02)  # what goes on in the background is of no other creation
+        notes = Notes(file.name).read()
+    traces = []
+    for began, ended in windows[runs // 5 :]:
+        own = [note for note in notes if began <= note.began and note.ended <= ended]
+        own.append(Note(began, ended, "test", "Session.container()"))
+        traces.append([Note(n.began - began, n.ended - began, n.who, n.what) for n in sorted(own)])
+    return traces
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where the time of one creation goes.")
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--pool", type=int, default=0, help="so many made ahead (default: none)")
+    options = parser.parse_args()
+    rows: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    traces = _trace(options.runs, options.pool)
+    for trace in traces:
+        seen: dict[tuple[str, str], int] = {}
+        for note in trace:
+            key = (note.who, note.what)
+            seen[key] = seen.get(key, 0) + 1
+            rows.setdefault((*key, seen[key]), []).append((note.began, note.ended - note.began))
+    table = []
+    for (who, what, _), times in rows.items():
+        if len(times) > len(traces) // 2:
+            began, took = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
+            table.append((began, took, who, what))
+    print("| from ms | took ms | who | what |\n| --: | --: | --- | --- |")
+    for began, took, who, what in sorted(table):
+        print(f"| {began:.2f} | {took:.2f} | {who} | `{what}` |")
+
+
+if __name__ == "__main__":
+    if _FILE in os.environ:
+        _launch()
+    else:
+        main()
