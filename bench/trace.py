@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 _FILE = "NSBOX_TRACE"
 _COUNT = struct.Struct("=i")
 _NOTE = struct.Struct("=dd16s56s")
-_ROOM, _ROOMS = 32 << 10, 1 << 12  # bytes for the notes of one process, and for how many
+_ROOM, _ROOMS = 512 << 10, 1 << 12  # bytes for the notes of one process, and for how many
 
 
 class Note(NamedTuple):
