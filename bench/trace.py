@@ -107,7 +107,6 @@ def _launch() -> None:
     wrap(setup, "_isolate", "unshare")
     wrap(setup, "_join", "join the cgroups")
     wrap(setup, "file_tree", "plan the mounts")
-    wrap(setup, "_take_name", "wait for the name, write the own files")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)

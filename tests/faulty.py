@@ -35,7 +35,7 @@ def main() -> None:
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
     from pytest_nsbox.launcher import ledger, zygote
 
-    zygote.Zygote.fork_ahead = lambda self: False  # type: ignore[method-assign]
+    zygote.Zygote.may_fork_ahead = lambda self: False  # type: ignore[method-assign]
 
     shared, launcher = plan(os.environ[FILE]), os.getpid()
 

@@ -218,19 +218,6 @@ def test_the_option_chooses_the_image_for_all(run_pytest: Any, images: Images) -
     run_pytest(source, f"--nsbox-rootfs={images.docker_archive}").assert_outcomes(passed=1)
 
 
-def test_a_body_that_cannot_run_on_an_image_says_so(run_pytest: Any, images: Images) -> None:
-    source = """
-        import pytest
-
-        @pytest.mark.sandbox
-        def test_it(): pass
-    """
-    result = run_pytest(source, f"--nsbox-rootfs={images.tarball}")
-    result.assert_outcomes(errors=1)
-    assert "take nsbox_container to drive that one from outside" in result.stdout.str()
-    assert "pytest_nsbox/" not in result.stdout.str()
-
-
 def test_an_opaque_directory_hides_the_layers_below_also_in_a_user_namespace(
     nsbox_container_factory: Any, tmp_path: Path
 ) -> None:

@@ -123,23 +123,35 @@ def _isolate(own_network: bool) -> None:
 
 def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> None:
     order = plan.order
-    if order.own_network:
-        _hand_out_network(launcher)
+    _hand_out(launcher, order.own_network)
     _join(cgroup_procs)
     steps = file_tree(order, plan.layer, plan.cgroups, in_userns=plan.userns, cover=plan.cover)
     mounts.run(steps[:-1])
-    own_files = {step.name: step.open() for step in steps if isinstance(step, OwnFile)}
     # the one way to what the container writes, for the launcher: from inside there is none
     scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    own_files = {step.name: step.open() for step in steps if isinstance(step, OwnFile)}
     mounts.run(steps[-1:])
-    _take_name(launcher, own_files)
     if not order.privileged:
         confinement(frozenset(order.capabilities)).apply()
     # again, since a change of credentials clears it; the zygote is the parent by now
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     rows = [place.to_wire() for place in places(steps, plan.layer, plan.order)]
-    wire.send(launcher, {"op": "ready", "places": rows}, [scratch])
-    os.close(scratch)
+    fds = [scratch, *own_files.values()]
+    wire.send(launcher, {"op": "ready", "places": rows, "files": list(own_files)}, fds)
+    wire.close_all(fds)
+
+
+def _hand_out(launcher: socket.socket, own_network: bool) -> None:
+    """What the launcher gives a name and addresses to from outside, while this goes on."""
+    fds = [open_namespace("uts")]
+    netlink = None
+    if own_network:
+        netlink = Netlink()
+        fds += [open_namespace("net"), netlink.fileno()]
+    wire.send(launcher, {"op": "apart"}, fds)
+    wire.close_all(fds[:2])
+    if netlink is not None:
+        netlink.close()
 
 
 def _join(cgroup_procs: list[int]) -> None:
@@ -148,22 +160,3 @@ def _join(cgroup_procs: list[int]) -> None:
         os.close(fd)
     # after joining: what a cgroup namespace shows as its root is the group of who unshares
     libc.unshare(libc.CLONE_NEWCGROUP)
-
-
-def _hand_out_network(launcher: socket.socket) -> None:
-    """The launcher configures it from outside, while the mounts are made here."""
-    netns, netlink = open_namespace("net"), Netlink()
-    wire.send(launcher, {"op": "netns"}, [netns, netlink.fileno()])
-    os.close(netns)
-    netlink.close()
-
-
-def _take_name(launcher: socket.socket, own_files: dict[str, int]) -> None:
-    """Wait to be somebody; up to here a container is like any other of its kind."""
-    received = wire.receive(launcher)
-    if received is None:
-        raise OSError(104, "the launcher has ended")
-    libc.sethostname(str(received[0]["hostname"]))
-    for name, fd in own_files.items():
-        os.write(fd, str(received[0]["files"][name]).encode())
-        os.close(fd)

@@ -22,6 +22,7 @@ from pytest_nsbox.kernel.netlink import (
     NLM_F_REPLACE,
     Netlink,
     Request,
+    Template,
     encode,
 )
 
@@ -36,6 +37,7 @@ IFLA_OPERSTATE, IF_OPER_UP = 16, 6
 RTMGRP_LINK, RTMGRP_IPV4_ROUTE = 1, 0x40
 _PATIENCE = 5.0  # seconds; the kernel's work queue takes at most one
 _MANY = 4096  # messages kept: the same addresses are given out again and again
+_INT = struct.Struct("=I")
 LOOPBACK = 1  # the index that lo has in every network namespace
 
 
@@ -94,13 +96,36 @@ def add_veth(
     One message does all of it, so that no half-made pair is ever seen (veth(4)). `peer_netns` is
     a descriptor of the namespace.
     """
+    values = {"index": _INT.pack(index), "name": name.encode(), "netns": _INT.pack(peer_netns)}
+    if peer_address is not None:
+        values["address"] = _hardware(peer_address)
+    message = _veth(len(name), peer, peer_index, peer_address is not None, master, mtu)
+    return Request(
+        f"ip link add {name} type veth peer name {peer}",
+        RTM_NEWLINK,
+        NLM_F_CREATE | NLM_F_EXCL,
+        message.fill(**values),
+    )
+
+
+def _hardware(address: str) -> bytes:
+    return bytes.fromhex(address.replace(":", ""))
+
+
+@functools.lru_cache(_MANY)
+def _veth(
+    length: int, peer: str, peer_index: int, addressed: bool, master: int | None, mtu: int
+) -> Template:
+    index, netns, address, name = 0x7E57AB1E, 0x7E57F00D, "7e:57:00:ad:d4:e5", "?" * length
+    marks = {"index": _INT.pack(index), "name": name.encode(), "netns": _INT.pack(netns)}
     peer_attrs: list[tuple[str, Any]] = [
         ("IFLA_IFNAME", peer),
-        ("IFLA_NET_NS_FD", peer_netns),
+        ("IFLA_NET_NS_FD", netns),
         ("IFLA_MTU", mtu),
     ]
-    if peer_address:
-        peer_attrs.append(("IFLA_ADDRESS", peer_address))
+    if addressed:
+        peer_attrs.append(("IFLA_ADDRESS", address))
+        marks["address"] = _hardware(address)
     attrs: list[tuple[str, Any]] = [
         ("IFLA_IFNAME", name),
         ("IFLA_MTU", mtu),
@@ -119,12 +144,7 @@ def add_veth(
     ]
     if master is not None:
         attrs.append(("IFLA_MASTER", master))
-    return Request(
-        f"ip link add {name} type veth peer name {peer}",
-        RTM_NEWLINK,
-        NLM_F_CREATE | NLM_F_EXCL,
-        encode(_link(index, True, attrs)),
-    )
+    return Template(encode(_link(index, True, attrs)), **marks)
 
 
 def delete(index: int, name: str) -> Request:
@@ -172,22 +192,26 @@ def add_default_route(gateway: str, index: int) -> Request:
     )
 
 
-def _neighbour(what: str, family: int, index: int, flags: int, attrs: list[Any]) -> Request:
+def _neighbour(family: int, index: int, flags: int, attrs: list[tuple[str, Any]]) -> bytes:
     message = ndmsg()
     message["family"] = family
     message["ifindex"] = index
     message["state"] = NUD_PERMANENT if family != socket.AF_BRIDGE else NUD_NOARP
     message["flags"] = flags
     message["attrs"] = attrs
-    return Request(what, RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, encode(message))
+    return encode(message)
 
 
 @functools.lru_cache(_MANY)
 def replace_neighbour(index: int, ip: str, mac: str) -> Request:
     """Where `ip` is, known without asking (arp(7))."""
-    family = socket.AF_INET if ipaddress.ip_address(ip).version == 4 else socket.AF_INET6
-    attrs = [("NDA_DST", ip), ("NDA_LLADDR", mac)]
-    return _neighbour(f"ip neigh replace {ip} lladdr {mac}", family, index, 0, attrs)
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    return Request(
+        f"ip neigh replace {ip} lladdr {mac}",
+        RTM_NEWNEIGH,
+        NLM_F_CREATE | NLM_F_REPLACE,
+        _neighbour(family, index, 0, [("NDA_DST", ip), ("NDA_LLADDR", mac)]),
+    )
 
 
 def replace_forwarding(index: int, name: str, mac: str) -> Request:
@@ -196,9 +220,19 @@ def replace_forwarding(index: int, name: str, mac: str) -> Request:
     An address is given out again while the kernel still takes the last owner's veth down; what
     the bridge learned from that one would swallow the first packets to the new one.
     """
-    attrs = [("NDA_LLADDR", mac)]
-    what = f"bridge fdb replace {mac} dev {name} master static"
-    return _neighbour(what, socket.AF_BRIDGE, index, NTF_MASTER, attrs)
+    return Request(
+        f"bridge fdb replace {mac} dev {name} master static",
+        RTM_NEWNEIGH,
+        NLM_F_CREATE | NLM_F_REPLACE,
+        _forwarding().fill(index=_INT.pack(index), mac=_hardware(mac)),
+    )
+
+
+@functools.cache
+def _forwarding() -> Template:
+    index, mac = 0x7E57AB1E, "7e:57:00:ad:d4:e5"
+    encoded = _neighbour(socket.AF_BRIDGE, index, NTF_MASTER, [("NDA_LLADDR", mac)])
+    return Template(encoded, index=_INT.pack(index), mac=_hardware(mac))
 
 
 def index_of(netlink: Netlink, name: str) -> int:
@@ -218,7 +252,7 @@ class LinkSocket(Netlink):
         it is given, and a bridge keeps its port shut. Asking for the link makes it look (since
         6.8); before that, its notification is waited for. Raises OSError (ETIMEDOUT).
         """
-        message = encode(_link(index, False, []))
+        message = _shown().fill(index=_INT.pack(index))
         request = Request(f"ip link show {index}", RTM_GETLINK, 0, message, False)
         if _operational(self.get(request)):
             return
@@ -228,6 +262,11 @@ class LinkSocket(Netlink):
                 watch.wait()
         finally:
             watch.close()
+
+
+@functools.cache
+def _shown() -> Template:
+    return Template(encode(_link(0x7E57AB1E, False, [])), index=_INT.pack(0x7E57AB1E))
 
 
 class RouteWatch:

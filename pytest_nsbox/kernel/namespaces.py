@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 
 from pytest_nsbox.kernel import libc
 
@@ -22,6 +24,20 @@ FLAGS = {
 def open_namespace(kind: str, pid: int | str = "self") -> int:
     """A descriptor that holds a process's namespace."""
     return os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def entered(kind: str, fd: int) -> Iterator[None]:
+    """Be in another namespace for a while; not for those that cannot be left again."""
+    own = open_namespace(kind)
+    try:
+        libc.setns(fd, FLAGS[kind])
+        try:
+            yield
+        finally:
+            libc.setns(own, FLAGS[kind])
+    finally:
+        os.close(own)
 
 
 def set_uptime(seconds: float) -> None:

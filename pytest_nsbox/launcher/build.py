@@ -20,9 +20,10 @@ from pathlib import Path
 from pytest_nsbox import wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan
-from pytest_nsbox.kernel import cgroup, link
+from pytest_nsbox.kernel import cgroup, libc, link
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.mounts import mount_points
+from pytest_nsbox.kernel.namespaces import entered
 from pytest_nsbox.kernel.netlink import Netlink, Request
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
@@ -155,8 +156,9 @@ def finish(container: Container, order: Order, joiners: Iterable[Joiner]) -> Non
             container.interfaces.append(interface)
             container.undo.push(f"give back {interface.ip}", interface.leave)
         _wire(container)
-        ready, (container.scratch,) = _await(container, "ready")
+        ready, (container.scratch, *own_files) = _await(container, "ready")
         container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
+        _write_own_files(container, dict(zip(ready["files"], own_files, strict=True)))
         container.places = [Place.from_wire(row) for row in ready["places"]]
         for interface in container.interfaces:
             interface.bridge.hub.netlink.settle(interface.port)
@@ -316,19 +318,25 @@ def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> None:
 
 
 def _wire(container: Container) -> None:
-    """Connect it with its networks, while init mounts, and tell it its name."""
+    """Give it its name and connect it with its networks, while init mounts."""
     order = container.order
-    if order.own_network:
-        _, (netns, inside) = _await(container, "netns")
-        netlink = Netlink.adopt(inside)
-        try:
+    _, (uts, *network) = _await(container, "apart")
+    with contextlib.ExitStack() as opened:
+        opened.callback(wire.close_all, [uts, *network])
+        with entered("uts", uts):
+            libc.sethostname(order.hostname)
+        if network:
+            netns, inside = network
             for number, interface in enumerate(container.interfaces):
                 hub = interface.bridge.hub
                 hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, netns))
+            netlink = Netlink.adopt(os.dup(inside))
+            opened.callback(netlink.close)
             netlink.send(_inside_requests(container))
-        finally:
-            netlink.close()
-            os.close(netns)
+
+
+def _write_own_files(container: Container, own_files: dict[str, int]) -> None:
+    order = container.order
     container.own_files = {
         names.HOSTNAME: f"{order.hostname}\n",
         names.HOSTS: names.hosts(known_names(container), order.hosts),
@@ -338,10 +346,13 @@ def _wire(container: Container) -> None:
             next((i.bridge.hub.name_server for i in container.interfaces), None),
         ),
     }
-    assert container.init is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its last word says why
-        message = {"hostname": order.hostname, "files": container.own_files}
-        wire.send(container.init, message)
+    try:
+        for name, fd in own_files.items():
+            text = container.own_files[name].encode()
+            if os.write(fd, text) < len(text):
+                raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
+    finally:
+        wire.close_all(own_files.values())
 
 
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:

@@ -87,11 +87,11 @@ class Pool:
             kind.alive -= 1
 
     def wants(self) -> Kind | None:
-        """The kind that one more should be begun of: as many as tests have had at once, and
-        what was asked for last counts first."""
+        """The kind that one more should be begun of: as many as tests have had at once and one,
+        so that it need not be begun at the worst moment. What was asked for last counts first."""
         room = self.size
         for kind in reversed(self._kinds):
-            wanted = min(kind.most, room)
+            wanted = min(kind.most + 1, room)
             if len(kind.ready) < wanted:
                 return kind
             room -= wanted
@@ -136,7 +136,7 @@ def _paths(order: Order) -> Iterator[str]:
     yield from order.layers
     yield from order.visible
     yield from order.passthrough
-    for mount in order.mounts:
+    for mount in (*order.mounts, *order.brought):
         if mount.src is not None:
             yield mount.src
 

@@ -47,6 +47,7 @@ from pytest_nsbox.model.order import Order
 from pytest_nsbox.wire import Message
 
 _MOST_DYING = 8
+_BREATH = 0.003  # seconds in which a test begins to use what it has got, and is not disturbed
 Reply = tuple[Message, list[int]]
 Answer = Reply | Work  # a child's work answers for itself
 
@@ -64,6 +65,7 @@ class Launcher:
         self.bridges: dict[int, Bridge] = {}
         self.timers: list[tuple[float, int]] = []  # a heap: when, which container
         self.last_id = 0
+        self.created = 0.0  # when the last container was, on the monotonic clock
         self.selector = selectors.DefaultSelector()
         self.selector.register(lifeline, selectors.EVENT_READ, self._request)
         self.parent = os.pidfd_open(parent)
@@ -132,26 +134,33 @@ class Launcher:
     def run(self) -> None:
         """Work until the test process is gone or says that it is done."""
         while not self.ending:
-            timeout = None
-            if self.timers:
-                timeout = max(self.timers[0][0] - time.monotonic(), 0)
-            events = self.selector.select(0)
-            if not events:
-                if self._work_ahead():
-                    continue
-                events = self.selector.select(timeout)
+            due = [when for when, _ in self.timers[:1]]
+            if (ahead := self._ahead_due()) is not None:
+                due.append(ahead)
+            timeout = max(min(due) - time.monotonic(), 0) if due else None
+            events = self.selector.select(timeout)
+            if not events and ahead is not None and ahead <= time.monotonic():
+                self._work_ahead()
             for key, _ in events:
                 # what was done about one may have ended the interest in the next
                 if self.selector.get_map().get(key.fileobj) is key:
                     key.data()
             self._expire()
 
-    def _work_ahead(self) -> bool:
-        """Do something that will be wanted soon; whether there was something."""
+    def _ahead_due(self) -> float | None:
+        """When to do something that will be wanted soon; None while nothing is."""
+        kind = self.pool.wants()
+        if kind is not None and not kind.ready:
+            return 0.0  # the next test would have to wait
+        if kind is not None or self.workshop.zygote.may_fork_ahead():
+            return self.created + (_BREATH if self.pool.size else 0)
+        return None
+
+    def _work_ahead(self) -> None:
         if self.pool.wants() is not None:
             self.pool.fill()
-            return True
-        return self.workshop.zygote.fork_ahead()
+        else:
+            self.workshop.zygote.fork_ahead()
 
     def close(self) -> None:
         """Take everything down. Raises the first error, the others in its notes."""
@@ -248,6 +257,7 @@ class Launcher:
         container = self._build(order)
         self.containers[container.id] = container
         self.pool.given(container)
+        self.created = time.monotonic()
         try:
             self._attend(container, order)
             pidfd = os.dup(container.pidfd)

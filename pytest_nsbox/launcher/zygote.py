@@ -57,23 +57,26 @@ class Zygote:
         reply, received = wire.request(self._socket, message, fds)
         return int(reply["pid"]), received[0]
 
-    def fork_ahead(self) -> bool:
-        """Have the next init forked, and in namespaces of its own, before it is asked for, if the
-        last one was such that it may be. Does not wait for it; False where there is no need."""
-        plan, self._last = self._last, None
-        if plan is None or self._ahead is not None or not _may_be_ahead(plan):
-            return False
+    def may_fork_ahead(self) -> bool:
+        """Whether the next init is likely to be one like the last, and is not there yet."""
+        return self._last is not None and self._ahead is None and _may_be_ahead(self._last)
+
+    def fork_ahead(self) -> None:
+        """Have the next init forked, and in namespaces of its own, before it is asked for. Does
+        not wait for it."""
+        if self._last is None:
+            return
+        message = {"plan": self._last.to_wire(), "ahead": True}
+        self._last = None
         self._mounted = self._mounts.now()
         ours, theirs = wire.pair()
         with theirs:
             try:
-                message = {"plan": plan.to_wire(), "ahead": True}
                 wire.send(self._socket, message, [theirs.fileno()])
             except OSError:  # said when one is needed
                 ours.close()
-                return False
-        self._ahead = ours
-        return True
+            else:
+                self._ahead = ours
 
     def _take_ahead(self, message: wire.Message, fds: list[int]) -> tuple[int, int] | None:
         """The one forked ahead, now with a plan; None where it will not do."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +51,11 @@ class Order:
         return bool(self.networks) or self.network != "host"
 
     def to_wire(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        data = dict(vars(self))  # dataclasses.asdict copies all the way down
+        data["limits"] = vars(self.limits)
+        for name in ("mounts", "brought"):
+            data[name] = [vars(mount) for mount in data[name]]
+        return data
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Order:
