@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -78,6 +79,13 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
         close_all(fds)
         raise ValueError(f"not a message: {error}") from None
     return message, fds
+
+
+def is_ready(fd: int, seconds: float, event: int = select.POLLIN) -> bool:
+    """Wait for poll(2)'s `event`, at most so long; select(2) takes no descriptor above 1,023."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(seconds * 1000))
 
 
 def close_all(fds: Iterable[int]) -> None:

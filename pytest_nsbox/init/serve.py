@@ -77,19 +77,26 @@ class Server:
             pid = self._exec_under_reaper(message, fds, answer)
         else:
             pid = _spawn(message, stdin, stdout, stderr, others)
-            _answer(answer, {"pid": pid})
+            _answer(answer, {"started": pid})
         self.children[pid] = _Child(answer, started)
         return True
 
     def _exec_under_reaper(self, message: Message, fds: list[int], answer: int) -> int:
         """Start it below a reaper of its own, where every process it leaves behind stays."""
+        go, let_go = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
             status = 127
             try:
+                os.close(let_go)
+                os.read(go, 1)
+                os.close(go)
                 status = _reaper(message, fds, answer)
             finally:
                 os._exit(status)
+        _answer(answer, {"reaper": pid})
+        os.close(let_go)
+        os.close(go)
         return pid
 
     def kill(self, message: Message, fds: list[int], answer: int) -> bool:
@@ -101,10 +108,14 @@ class Server:
         return False
 
     def kill_tree(self, message: Message, fds: list[int], answer: int) -> bool:
-        """SIGKILL for all that a command has started; who is left is none."""
-        root = int(message["pid"])
+        """SIGKILL for all that a command has started; who is left is none.
+
+        `pid` is its reaper or itself. `session` is its own session (setsid(2)), by which those
+        are known that have killed their reaper.
+        """
+        root, session = int(message["pid"]), int(message.get("session", 0))
         for _ in range(1000):
-            alive = _descendants(root)
+            alive = _descendants(root, session)
             if not alive:
                 break
             for pid in alive:
@@ -223,7 +234,14 @@ def _failure(error: Exception) -> Message:
     return {"error": wire.dump_error(error)}
 
 
-def _spawn(message: Message, stdin: int, stdout: int, stderr: int, others: list[int]) -> int:
+def _spawn(
+    message: Message,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    others: list[int],
+    before_exec: Callable[[], None] | None = None,
+) -> int:
     user = message.get("user")
     env = {str(key): str(value) for key, value in message["env"].items()}
     identity: dict[str, Any] = {}
@@ -245,6 +263,7 @@ def _spawn(message: Message, stdin: int, stdout: int, stderr: int, others: list[
         cwd=cwd,
         start_new_session=True,
         pass_fds=others,
+        preexec_fn=before_exec,
         **identity,
     )
     process.returncode = 0  # it is reaped here, not by the Popen object
@@ -273,13 +292,18 @@ def _reaper(message: Message, fds: list[int], answer: int) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     started = time.monotonic()
     stdin, stdout, stderr, *others = fds
+
+    def say_who() -> None:
+        # before it is a command, which may kill its reaper as soon as it runs
+        _answer(answer, {"pid": os.getpid()})
+
     try:
-        main = _spawn(message, stdin, stdout, stderr, others)
+        main = _spawn(message, stdin, stdout, stderr, others, say_who)
     except Exception as error:
         _answer(answer, _failure(error))
         return 127
     wire.close_all(fds)
-    _answer(answer, {"pid": main, "reaper": os.getpid()})
+    _answer(answer, {"started": main})
     while True:
         try:
             pid, status, usage = os.wait4(-1, 0)
@@ -306,9 +330,11 @@ def _kill(pid: int) -> None:
         return
 
 
-def _descendants(root: int) -> set[int]:
-    """The living processes below `root` (proc_pid_stat(5)): zombies do not count."""
+def _descendants(root: int, session: int = 0) -> set[int]:
+    """The living processes below `root`, and those of a session and below them
+    (proc_pid_stat(5)): zombies do not count."""
     parents: dict[int, tuple[int, str]] = {}
+    below = {root}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -318,7 +344,8 @@ def _descendants(root: int) -> set[int]:
         except OSError:
             continue
         parents[int(name)] = (int(fields[1]), fields[0].decode())
-    below = {root}
+        if session and int(fields[3]) == session:
+            below.add(int(name))
     while True:
         more = {pid for pid, (parent, _) in parents.items() if parent in below} - below
         if not more:

@@ -66,8 +66,8 @@ class Cgroup(Protocol):
     def members(self) -> set[int]:
         """The processes in it, as this PID namespace counts."""
 
-    def remove(self) -> None:
-        """Remove every directory; waits for who is about to end. Again is fine."""
+    def remove(self, *, patient: bool = True) -> None:
+        """Remove every directory; waits, if `patient`, for who is about to end. Again is fine."""
 
 
 class Driver(Protocol):

@@ -132,12 +132,13 @@ def _kill_one_by_one(path: str) -> None:
         _kill_one_by_one(child)
 
 
-def rmdir(path: str) -> None:
+def rmdir(path: str, patience: float = PATIENCE) -> None:
     """Remove a cgroup and what is below it; missing is fine.
 
-    Members that are about to end are waited for. Raises OSError (EBUSY) if some do not.
+    Members that are about to end are waited for, so many seconds in all. Raises OSError (EBUSY)
+    if some do not.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             os.rmdir(path)
@@ -149,7 +150,7 @@ def rmdir(path: str) -> None:
                 members = ", ".join(map(str, sorted(pids(path))))
                 raise _named(error, f"rmdir {path} (members: {members or 'none'})") from error
         for child in children(path):
-            rmdir(child)
+            rmdir(child, max(deadline - time.monotonic(), 0))
         _wait_empty(path, deadline)
 
 

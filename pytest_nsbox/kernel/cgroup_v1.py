@@ -296,11 +296,11 @@ class CgroupV1:
     def members(self) -> set[int]:
         return files.pids(self._paths[0]) if self._paths else set()
 
-    def remove(self) -> None:
+    def remove(self, *, patient: bool = True) -> None:
         if self._oom_event >= 0:
             os.close(self._oom_event)
             self._oom_event = -1
         while self._paths:
-            files.rmdir(self._paths[-1])
+            files.rmdir(self._paths[-1], files.PATIENCE if patient else 0)
             self._paths.pop()
         self._of.clear()

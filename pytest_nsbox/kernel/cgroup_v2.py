@@ -301,11 +301,11 @@ class CgroupV2:
     def members(self) -> set[int]:
         return files.pids(self.path)
 
-    def remove(self) -> None:
+    def remove(self, *, patient: bool = True) -> None:
         if self._oom_events >= 0:
             os.close(self._oom_events)
             self._oom_events = -1
-        files.rmdir(self.path)
+        files.rmdir(self.path, files.PATIENCE if patient else 0)
 
 
 def _kills(events: dict[str, int]) -> int:

@@ -44,6 +44,27 @@ def variables(pid: int) -> list[str]:
     return []
 
 
+def below_init(init: int) -> list[tuple[int, str]]:
+    """The living processes of the PID namespace of its PID 1 `init`, but that: number and name,
+    as they are known inside (pid_namespaces(7))."""
+    own = _namespace(init)
+    found = []
+    for process in all_of_them():
+        if process.pid == init or process.state in "ZX" or _namespace(process.pid) != own:
+            continue
+        with contextlib.suppress(OSError, StopIteration):
+            with open(f"/proc/{process.pid}/status", encoding="utf-8", errors="replace") as file:
+                line = next(line for line in file if line.startswith("NSpid:"))
+            found.append((int(line.split()[-1]), process.name))
+    return sorted(found)
+
+
+def _namespace(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    return ""
+
+
 def describe(pids: Iterable[int]) -> str:
     """Who does not end, and where in the kernel it is."""
     words = []

@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import functools
 import os
-import select
 import signal
 import socket
 import time
@@ -82,10 +81,8 @@ class Container:
         """Wait until PID 1, and so every process of the container, is gone."""
         if not self.alive:
             return
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
         left = self.until - time.monotonic() if self.until else UNTIL_DEAD
-        if not poll.poll(max(left, 0) * 1000):
+        if not wire.is_ready(self.pidfd, max(left, 0)):
             members = () if self.cgroup is None else self.cgroup.members()
             raise OSError(16, f"killed, but does not end: {describe(members or {self.pid})}")
         if self.cgroup is not None and self.last is None:
@@ -94,7 +91,7 @@ class Container:
         self.alive = False  # the zygote is its parent, and reaps it
 
     def has_ended(self) -> bool:
-        return self.alive and bool(select.select([self.pidfd], [], [], 0)[0])
+        return self.alive and wire.is_ready(self.pidfd, 0)
 
     def state(self) -> wire.Message:
         """What there is to say about it, dead or alive."""
@@ -222,7 +219,8 @@ def _limit(container: Container, workshop: Workshop) -> None:
     device = _device(workshop.layers) if limits.io is not None else None
     group = workshop.cgroups.create(f"c{container.id}", limits, device)
     container.cgroup = group
-    container.undo.push("rmdir cgroup", group.remove)
+    # whoever has not ended by then will not while its cgroup is waited for
+    container.undo.push("rmdir cgroup", lambda: group.remove(patient=not container.alive))
 
 
 def _device(directory: Path) -> str:

@@ -23,7 +23,7 @@ from pytest_nsbox.errors import (
     TeardownError,
     UnsupportedError,
 )
-from pytest_nsbox.kernel import cgroup, libc
+from pytest_nsbox.kernel import cgroup, libc, processes
 from pytest_nsbox.launcher import ledger, names, tunnel
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, begin, finish, known_names
@@ -447,7 +447,7 @@ class Launcher:
         self._out_of_memory(container)
         if container.reason or container.has_ended():
             container.reap()
-        return container.state(), []
+        return {**container.state(), **_running(message, container)}, []
 
     def _get(self, message: Message) -> Container:
         container = self.containers.get(message["id"])
@@ -529,9 +529,10 @@ class Launcher:
     def kill(self, message: Message, fds: list[int]) -> Reply:
         """Kill a container; what it leaves stays to be looked at until it is destroyed."""
         container = self._get(message)
+        running = _running(message, container)
         container.kill(message.get("reason", "killed"))
         container.reap()
-        return container.state(), []
+        return {**container.state(), **running}, []
 
     def enter(self, message: Message, fds: list[int]) -> Reply:
         """What a process of the test's own needs to become one of the container's."""
@@ -607,6 +608,13 @@ class Launcher:
                 self._tunnel = self._tunnel or tunnel.choose(self.options["uplink"])
                 found.append(self._tunnel.describe())
         return {"host": "; ".join(found)}, []
+
+
+def _running(message: Message, container: Container) -> Message:
+    """Who runs in a container, if the request wants to be told."""
+    if not message.get("tell") or not container.alive:
+        return {}
+    return {"running": [f"{pid} ({name})" for pid, name in processes.below_init(container.pid)]}
 
 
 OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {

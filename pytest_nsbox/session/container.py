@@ -29,11 +29,13 @@ from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.model.units import format_size
 from pytest_nsbox.session import files, waiting
 from pytest_nsbox.session.inside import Inside, call
-from pytest_nsbox.session.process import Arguments, Process, describe_end
+from pytest_nsbox.session.process import UNTIL_KILLED, Arguments, Process, describe_end
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.python import Brought
     from pytest_nsbox.session.session import Session
+
+_NAMED = 10  # processes of a container in its summary
 
 
 class Container:
@@ -72,6 +74,7 @@ class Container:
         self._owner = os.getpid()
         self._closed = False
         self._last: wire.Message | None = None
+        self._killed: list[str] = []  # who has not ended when asked to
 
     def __repr__(self) -> str:
         return f"<Container {self.name} {self.ip or 'without network'}>"
@@ -111,10 +114,16 @@ class Container:
 
     def stop(self, timeout: float = 10) -> None:
         """Ask every process in it to end, by SIGTERM, and kill what is left after `timeout`
-        seconds. Its last state can still be asked for."""
-        with contextlib.suppress(ContainerDied, TimeoutError):
+        seconds; its summary names those. Its last state can still be asked for."""
+        late = False
+        try:
             self.request_init({"op": "terminate"}, timeout=timeout)
-        self._last, _ = self.session.request("kill", id=self.id, reason="stopped")
+        except TimeoutError:
+            late = True
+        except ContainerDied:
+            pass
+        reply, _ = self.session.request("kill", id=self.id, reason="stopped", tell=late)
+        self._last, self._killed = reply, reply.get("running", [])
 
     def pause(self) -> None:
         """Stop every process where it is (cgroups(7), freezer)."""
@@ -162,7 +171,7 @@ class Container:
         how many seconds to wait for that.
         """
         if not self._closed:
-            select.select([self.pidfd], [], [], patience)
+            wire.is_ready(self.pidfd, patience)
         state = self.state()
         if state["alive"] and not self._closed:
             return None
@@ -190,7 +199,22 @@ class Container:
         """Its state and the end of what ran in it, for a report."""
         death = self.settle()
         state = str(death) if death else f"{self.ip or 'no network'}, running"
-        return "\n".join([state, *map(describe_end, self.processes)])
+        lines = [state, *map(describe_end, self.processes)]
+        if self._killed:
+            lines.append(f"SIGTERM has not ended, so SIGKILL has: {_named(self._killed)}")
+        elif others := self._others():
+            lines.append(f"running besides: {_named(others)}")
+        return "\n".join(lines)
+
+    def _others(self) -> list[str]:
+        """The processes that `popen` has not started, as "pid (name)", numbered as inside."""
+        if self._closed:
+            return []
+        with contextlib.suppress(NsboxError):
+            reply, _ = self.session.request("state", id=self.id, tell=True)
+            known = {str(process.pid) for process in self.processes}
+            return [row for row in reply.get("running", []) if row.split()[0] not in known]
+        return []
 
     def why_dead(self) -> NsboxError:
         try:
@@ -214,6 +238,9 @@ class Container:
         mine, theirs = wire.pair()
         with mine:
             with theirs:
+                line = self._init.fileno()
+                if timeout is not None and not wire.is_ready(line, timeout, select.POLLOUT):
+                    raise TimeoutError
                 self.ask_init(message, [theirs.fileno()])
             mine.settimeout(timeout)
             try:
@@ -350,18 +377,24 @@ class Container:
             text=text,
             encoding=encoding,
             errors=errors,
-            tree=timeout is not None,
+            timeout=timeout,
         )
         with process:
             try:
-                out, err = process.communicate(input, timeout)
+                out, err = process.communicate(input, process.left())
             except subprocess.TimeoutExpired as expired:
-                process.kill_tree()
-                expired.stdout, expired.stderr = process.communicate()
+                expired.timeout = timeout or 0
+                with contextlib.suppress(TimeoutError):
+                    process.kill_tree(timeout=UNTIL_KILLED)
+                try:
+                    expired.stdout, expired.stderr = process.communicate(timeout=UNTIL_KILLED)
+                except subprocess.TimeoutExpired as again:
+                    expired.stdout, expired.stderr = again.stdout, again.stderr
+                    expired.add_note("some of what it has started could not be killed; it goes on")
                 raise
             except BaseException:
                 with contextlib.suppress(NsboxError, OSError):
-                    process.kill_tree()
+                    process.kill_tree(timeout=UNTIL_KILLED)
                 raise
             finally:
                 process.abandon()
@@ -409,7 +442,7 @@ class Container:
         A server that listens on the container's own loopback only is reached there. `timeout`,
         in seconds, is for connecting. Raises OSError (ConnectionRefusedError) or ContainerDied.
         """
-        if select.select([self.pidfd], [], [], 0)[0]:
+        if wire.is_ready(self.pidfd, 0):
             raise self.why_dead()
         reply, fds = self.session.request("socket", id=self.id, type=socket.SOCK_STREAM)
         if reply["ip"] is not None:
@@ -603,6 +636,11 @@ class Container:
         except ContainerDied as error:
             raise (self.death() or error) from None
         return sorted(found, key=lambda change: change.path)
+
+
+def _named(rows: list[str]) -> str:
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return ", ".join(rows[:_NAMED]) + more
 
 
 def _connected(

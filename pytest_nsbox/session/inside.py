@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pytest_nsbox import wire
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
 from pytest_nsbox.model.rootfs import PATH
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
 
 _LENGTH = struct.Struct("=Q")
+_UNTIL_DEAD = 5.0  # seconds that a killed process has to end in
 PATIENCE = 0.2  # seconds by which a killed container's process may seem to die before it
 
 Talk = Callable[[bytes], bytes]
@@ -125,8 +127,21 @@ class Inside:
         return os.waitstatus_to_exitcode(status)
 
     def kill(self) -> None:
+        """SIGKILL, and wait for its end; one that does not end is given up after a while, and its
+        container's teardown says who it is."""
         self.signal(signal.SIGKILL)
+        if not self._ends_within(PATIENCE):  # on version 1 a frozen process does not die
+            with contextlib.suppress(NsboxError):
+                self._container.session.request("freeze", id=self._container.id, frozen=False)
+            if not self._ends_within(_UNTIL_DEAD):
+                self._container.bodies.remove(self)
+                os.close(self.pidfd)
+                self._socket.close()
+                return
         self.end()
+
+    def _ends_within(self, seconds: float) -> bool:
+        return wire.is_ready(self.pidfd, seconds)
 
 
 def environment(container: Container) -> dict[str, str]:

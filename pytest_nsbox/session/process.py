@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied
+from pytest_nsbox.errors import ContainerDied, NsboxError
 from pytest_nsbox.model.results import Usage
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
 
+UNTIL_KILLED = 2.0  # seconds for PID 1 to kill, where it may be stopped or hindered itself
 Arguments = str | bytes | os.PathLike[str] | Sequence[str | bytes | os.PathLike[str]]
 
 
@@ -42,7 +43,7 @@ class Process(subprocess.Popen[Any]):
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
         user: str | int | None = None,
-        tree: bool = False,
+        timeout: float | None = None,
         stdin: int | IO[Any] | None = None,
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
@@ -56,7 +57,8 @@ class Process(subprocess.Popen[Any]):
         self._log: IO[bytes] | None = None
         self._logged = ""
         self._order = container.command(env, cwd, user)
-        self._order["tree"] = tree
+        self._timeout = timeout
+        self._order["tree"] = timeout is not None
         refused = {"preexec_fn", "startupinfo", "creationflags", "close_fds"} & set(options)
         if refused:
             raise TypeError(f"{refused.pop()} means nothing in a container")
@@ -93,21 +95,42 @@ class Process(subprocess.Popen[Any]):
                 )
             self.pid = self._await_start()
             self._child_created = True
-        except BaseException:
-            self._answer.close()
-            self._answer = None
+        except BaseException as error:
+            if isinstance(error, TimeoutError):
+                with contextlib.suppress(NsboxError, OSError):
+                    if self.reaper is not None:
+                        self.kill_tree(timeout=UNTIL_KILLED)
+            if self._answer is not None:
+                self._answer.close()
+                self._answer = None
             self._close_log()
+            if isinstance(error, TimeoutError):
+                raise subprocess.TimeoutExpired(self.args, self._timeout or 0) from None
             raise
         finally:
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
 
     def _await_start(self) -> int:
-        message = self._receive(None)
-        if message is None:
-            raise self.container.why_dead()
-        wire.raise_error(message)
-        self.reaper = message.get("reaper")
-        return int(message["pid"])
+        while True:
+            message = self._receive(self.left())
+            if message is None:
+                raise self.container.why_dead()
+            wire.raise_error(message)
+            if "started" in message:
+                return int(message["started"])
+            if "exit" in message:  # its reaper was killed before it could say so
+                self._finish(message)
+                return self.pid or self.reaper or 0
+            if "reaper" in message:
+                self.reaper = int(message["reaper"])
+            else:
+                self.pid = int(message["pid"])
+
+    def left(self) -> float | None:
+        """Seconds until its timeout; None where it has none."""
+        if self._timeout is None:
+            return None
+        return max(self._started + self._timeout - time.monotonic(), 0)
 
     def _receive(self, timeout: float | None) -> wire.Message | None:
         """The next word from init; None when it is gone. Raises TimeoutError."""
@@ -166,9 +189,12 @@ class Process(subprocess.Popen[Any]):
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def kill_tree(self) -> None:
+    def kill_tree(self, timeout: float | None = None) -> None:
         """SIGKILL for the command and for all that it has started."""
-        self.container.request_init({"op": "kill_tree", "pid": self.reaper or self.pid})
+        message: wire.Message = {"op": "kill_tree", "pid": self.reaper or self.pid}
+        if self.reaper is not None and self.pid is not None and self.pid != self.reaper:
+            message["session"] = self.pid
+        self.container.request_init(message, timeout)
 
     def log(self) -> str:
         """What it has written so far where no other place was given for it."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pytest_nsbox import wire
 from pytest_nsbox.errors import WaitError
 from pytest_nsbox.session.process import Process, describe_end
 
@@ -61,7 +62,7 @@ def until(
             return value
         if ended and process is not None:
             raise WaitError(f"cannot come true any more: {describe_end(process)}")
-        if select.select([container.pidfd], [], [], 0)[0]:
+        if wire.is_ready(container.pidfd, 0):
             raise WaitError(f"cannot come true any more: {container.why_dead()}")
     name = getattr(condition, "__name__", repr(condition))
     hint = "" if process is None else f"; {describe_end(process)}"
