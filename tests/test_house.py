@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,3 +83,20 @@ def test_a_session_never_imports_pyroute2() -> None:
     script += "s.container().call(int); s.close(); print('pyroute2' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_a_launcher_imports_the_messages_of_pyroute2_and_no_more() -> None:
+    script = """
+        import sys
+        from pytest_nsbox.kernel.netlink import import_only_messages
+        import_only_messages()
+        import pytest_nsbox.launcher.server
+        print(*(name for name in sys.modules if name.startswith("pyroute2.")))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
+    imported = done.stdout.split()
+    assert "pyroute2.netlink.rtnl.ifinfmsg" in imported
+    assert "pyroute2.ndb" not in imported
+    assert "pyroute2.iproute" not in imported

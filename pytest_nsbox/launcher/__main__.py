@@ -5,6 +5,7 @@ import signal
 import sys
 
 from pytest_nsbox.errors import UnsupportedError
+from pytest_nsbox.kernel.netlink import import_only_messages
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.scope import enter_scope
 from pytest_nsbox.launcher.standing import Standing, take_standing
@@ -23,6 +24,7 @@ except UnsupportedError as error:
 zygote, janitor = Zygote.start(), Janitor.start()
 
 # after the forks: this is most of what a child would have to copy
+import_only_messages()
 from pytest_nsbox.launcher.server import main  # noqa: E402
 
 options = {**json.loads(sys.argv[3]), "no_scope": no_scope}
