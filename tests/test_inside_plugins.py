@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.test_inside import normal
 
 Run = Callable[..., pytest.RunResult]
 
@@ -96,6 +100,49 @@ def test_a_timeout_fails_at_the_line_that_took_too_long(run_pytest: Run) -> None
     result = run_pytest(source, "-p", "pytest_timeout", "--nsbox-all", "--tb=short")
     result.assert_outcomes(failed=2, passed=1)
     result.stdout.fnmatch_lines(["*in wait", "*time.sleep(1000)", "E*Failed: Timeout*"])
+
+
+def test_a_timeout_by_thread_ends_the_body_with_its_stacks(run_pytest: Run) -> None:
+    """Outside, that method ends the whole run."""
+    result = run_pytest(
+        """
+        import threading, time, pytest
+
+        def wait():
+            print("captured before")
+            time.sleep(1000)
+
+        @pytest.fixture
+        def timers():
+            yield [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+
+        @pytest.mark.timeout(1, method="thread")
+        def test_slow():
+            wait()
+
+        @pytest.mark.timeout(1, method="thread", func_only=True)
+        def test_slow_function():
+            wait()
+
+        @pytest.fixture
+        def slow():
+            yield
+            wait()
+
+        @pytest.mark.timeout(1, method="thread")
+        def test_slow_teardown(slow): pass
+
+        @pytest.mark.timeout(60, method="thread")
+        def test_after(timers):
+            assert len(timers) == 1
+        """,
+        *("-p", "pytest_timeout", "--nsbox-all"),
+    )
+    result.assert_outcomes(failed=2, errors=1, passed=2)
+    text = result.stdout.str()
+    assert text.count("+ Timeout +") == 6
+    assert len(re.findall("line [0-9]+, in wait\n *time.sleep", text)) == 3
+    assert text.count("pytest-timeout ended it after 1 s; its stacks are above") == 2
 
 
 def test_reruns_have_a_container_each(run_pytest: Run, pytester: pytest.Pytester) -> None:
@@ -320,3 +367,94 @@ def test_junitxml_is_the_same_as_outside(run_pytest: Run, pytester: pytest.Pytes
 
     assert 'attribute="value"' in xml()
     assert xml("--nsbox-all") == xml()
+
+
+def test_snapshots_are_written_found_and_counted_as_outside(
+    run_pytest: Run, pytester: pytest.Pytester
+) -> None:
+    source = """
+        import pytest
+        from syrupy.filters import props
+        from syrupy.extensions.single_file import SingleFileSnapshotExtension
+
+        @pytest.mark.parametrize("n", range(2))
+        def test_amber(snapshot, n):
+            assert [n, VALUE] == snapshot
+            assert {"kept": n, "left out": object()} == snapshot(exclude=props("left out"))
+
+        def test_file(snapshot):
+            assert b"%d" % VALUE == snapshot.use_extension(SingleFileSnapshotExtension)
+    """
+
+    def run(value: int, *options: str) -> tuple[str, list[str], dict[str, bytes]]:
+        result = run_pytest(f"VALUE = {value}\n{textwrap.dedent(source)}", "-p", "syrupy", *options)
+        found = pytester.path / "__snapshots__"
+        files = {str(path): path.read_bytes() for path in found.rglob("*") if path.is_file()}
+        summary = [line for line in result.stdout.lines if "snapshot" in line and ".py" not in line]
+        return normal(result.stdout.str()), summary, files
+
+    def both(value: int, *options: str) -> tuple[str, list[str], dict[str, bytes]]:
+        before = pytester.path / "before"
+        shutil.copytree(pytester.path / "__snapshots__", before, dirs_exist_ok=True)
+        outside = run(value, *options)
+        shutil.rmtree(pytester.path / "__snapshots__", ignore_errors=True)
+        before.rename(pytester.path / "__snapshots__")
+        inside = run(value, "--nsbox-all", *options)
+        assert inside == outside
+        return inside
+
+    (pytester.path / "__snapshots__").mkdir()
+    assert "5 snapshots generated." in both(1, "--snapshot-update")[1]
+    assert len(both(1)[2]) == 2
+    assert "5 snapshots passed." in both(1)[1]
+    assert "3 snapshots failed." in " ".join(both(2)[1])
+    assert "3 snapshots updated." in " ".join(both(2, "--snapshot-update")[1])
+    source = source.replace("range(2)", "range(1)")
+    assert "unused" in " ".join(both(2)[1])
+    assert "2 unused snapshots deleted." in " ".join(both(2, "--snapshot-update")[1])
+
+
+def test_a_plugin_brings_out_what_it_keeps_in_memory(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.fixture
+        def tally(request):
+            return request.config.stash["tally"]
+
+        @pytest.mark.parametrize("n", range(3))
+        def test_it(tally, n):
+            tally.append(n)
+
+        def test_fails(tally):
+            tally.append("failed")
+            assert 0
+
+        def test_killed(tally):
+            tally.append("killed")
+            import os; os._exit(1)
+        """,
+        "--nsbox-all",
+        conftest="""
+        import pytest
+
+        def pytest_configure(config):
+            config.stash["tally"] = []
+
+        def pytest_nsbox_pack(item):
+            if item.name == "test_fails":
+                return lambda: 0
+            return {"tally": item.config.stash["tally"][-1:]}
+
+        def pytest_nsbox_unpack(item, packed):
+            for one in packed:
+                item.config.stash["tally"] += one.get("tally", [])
+
+        def pytest_terminal_summary(terminalreporter, config):
+            terminalreporter.line(f"tallied: {config.stash['tally']}")
+        """,
+    )
+    result.assert_outcomes(passed=3, failed=2, warnings=1)
+    result.stdout.fnmatch_lines(["*pytest_nsbox_pack: what cannot be pickled is left out: <func*"])
+    result.stdout.fnmatch_lines(["tallied: [[]0, 1, 2[]]"])

@@ -6,7 +6,6 @@ import copy
 import faulthandler
 import os
 import pickle
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -17,6 +16,8 @@ import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from pytest_nsbox.plugin import luggage
+from pytest_nsbox.plugin.deadline import Deadline
+from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
 
 Talk = Callable[[bytes], bytes]
 
@@ -30,17 +31,25 @@ class Body:
         nextitem: pytest.Item | None,
         call_and_report: Callable[..., pytest.TestReport],
         faults: int,
+        deadline: Deadline,
     ) -> None:
         self.item: Any = item
         self.nextitem = nextitem
         self.call_and_report = call_and_report
         self.faults = faults
-        self.timer: tuple[float, float] = (0.0, 0.0)
+        self.deadline = deadline
+        self._failure: BaseException | None = None
+        self._suspended = False  # whether wider fixtures are kept for another run of the test
         self._logged: pytest.TestReport | None = None
 
-    def run(self, talk: Talk, env: Mapping[str, str]) -> None:
-        """In the child: until the test has been torn down, or ends the run."""
+    def run(self, talk: Talk, env: Mapping[str, str], probe: bool) -> None:
+        """In the child: until the test has been torn down, or ends the run.
+
+        As a `probe` it does not get further than to where wider fixtures are set up.
+        """
         os.environ.update(env)
+        if probe:
+            self._end_where_wider_fixtures_are_set_up()
         self._talk = talk
         self._watch()
         self._report_to_the_parent()
@@ -51,11 +60,11 @@ class Body:
         # pytest records into a list of the parent's; its filters stay in force
         with warnings.catch_warnings(record=True) if recording else nullcontext() as log:
             self.pack.warnings = log
-            signal.setitimer(signal.ITIMER_REAL, *self.timer)
+            self.deadline.start(self.faults)
             try:
                 self._phases()
             except (pytest.exit.Exception, KeyboardInterrupt) as error:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                self.deadline.pause()
                 place = _place(error)
                 with suppress(BaseException):  # the first one is what ends the run
                     self.item.session._setupstate.teardown_exact(None)
@@ -70,6 +79,10 @@ class Body:
                 keywords["nextitem"] = None if last else self.nextitem
             report = self.call_and_report(self.item, when, log, **keywords)
             brought = self.pack.close(last=when == "teardown")
+            if when == "teardown":
+                brought["suspended"] = self._suspended
+                if self._failure is not None:
+                    brought["raised"] = Raised.of(self._failure)
             answer = self._say("done", (portable(report), report is self._logged, brought))
             if not answer:
                 return
@@ -78,9 +91,9 @@ class Body:
     def _say(self, kind: str, value: Any) -> bytes:
         """Tell the parent and wait for its answer; that time does not count as the test's."""
         _flush_terminal(self.item.config)
-        timer = signal.setitimer(signal.ITIMER_REAL, 0)
+        self.deadline.pause()
         answer = self._talk(pickle.dumps((kind, value)))
-        signal.setitimer(signal.ITIMER_REAL, *timer)
+        self.deadline.resume()
         return answer
 
     # ------------------------------------------------------------------ this process's own pytest
@@ -104,6 +117,22 @@ class Body:
             caller._remove_plugin(implementation.plugin)
         config.pluginmanager.register(_Reporting(self), "nsbox-body")
 
+    def _end_where_wider_fixtures_are_set_up(self) -> None:
+        """Only see whether a hook skips or fails the test before that."""
+
+        def here(item: pytest.Item) -> None:
+            capture: Any = self.item.config.pluginmanager.getplugin("capturemanager")
+            if capture is not None:
+                capture.read_global_capture()  # it will all be printed once more
+            self._say("reached", None)
+            os._exit(0)
+
+        self.item.session._setupstate.setup = here
+
+    def note_failure(self, error: BaseException) -> None:
+        """What the phase that is now reported on has raised."""
+        self._failure = error
+
     def log(self, report: pytest.TestReport) -> None:
         self._logged = report
         answer = self._say("log", (portable(report), self.pack.close(last=False)))
@@ -118,7 +147,10 @@ class Body:
         shared = {node: len(finalizers) for node, (finalizers, _) in state.stack.items()}
         tear_down = state.teardown_exact
 
+        @not_in_tracebacks
         def here(nextitem: pytest.Item | None) -> None:
+            # a plugin that is about to repeat the test has taken them away from the stack
+            self._suspended = not shared.keys() - {self.item} <= state.stack.keys()
             own = [
                 (node, finalizers[shared.get(node, 0) :])
                 for node, (finalizers, _) in state.stack.items()
@@ -158,9 +190,11 @@ class _Reporting:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
-        self, item: Any
+        self, item: Any, call: pytest.CallInfo[Any]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """The set-up outside and the one inside have printed as one."""
+        if call.when == "teardown" and call.excinfo is not None:
+            self.body.note_failure(call.excinfo.value)
         item._report_sections[:] = luggage.merged_sections(item._report_sections)
         return (yield)
 

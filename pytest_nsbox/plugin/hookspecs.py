@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,3 +30,14 @@ def pytest_nsbox_container_started(container: Container, item: pytest.Item) -> N
 @pytest.hookspec
 def pytest_nsbox_container_stopping(container: Container, item: pytest.Item) -> None:
     """A container of a test is about to be taken down."""
+
+
+@pytest.hookspec
+def pytest_nsbox_pack(item: pytest.Item) -> Any:
+    """In a body inside, when it has been torn down: return what is to be brought out of the
+    memory of its process, something that can be pickled."""
+
+
+@pytest.hookspec
+def pytest_nsbox_unpack(item: pytest.Item, packed: list[Any]) -> None:
+    """Outside, after that: all that `pytest_nsbox_pack` has returned, yours among it."""

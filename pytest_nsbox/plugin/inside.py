@@ -18,14 +18,17 @@ from typing import Any
 
 import pytest
 from _pytest import runner, skipping
+from _pytest.logging import caplog_records_key
 from _pytest.runner import CallInfo, check_interactive_exception
 
 from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.plugin import luggage, options
+from pytest_nsbox.plugin import luggage, options, wider
 from pytest_nsbox.plugin.body import Body
 from pytest_nsbox.plugin.boxes import boxes_of
+from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.images import of_the_suite
 from pytest_nsbox.plugin.passthrough import passthrough
+from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
 from pytest_nsbox.plugin.report import add_changes, changed_by_body
 from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
@@ -66,11 +69,15 @@ class _Visit:
         self.original = original
         self.happened = False
         self._plain = False  # skipped by a mark: there is no body to be inside
+        self._failed_outside = False  # the same, as wider fixtures could not be set up
         self._inside: Inside | None = None
         self._container: Container | None = None
         self._faults = -1  # where the body's faulthandler writes
-        self._timer: tuple[float, float] = (0.0, 0.0)
-        self._began = 0.0
+        self._began = time.monotonic()
+        self._deadline: Deadline | None = None
+        self._suspended = False  # whether wider fixtures are kept for another run
+        self._raised: Raised | None = None  # by the body's teardown
+        self._failures: list[BaseException] = []  # the same, made anew
         self._last: pytest.TestReport | None = None
         self._stack = contextlib.ExitStack()
 
@@ -80,20 +87,31 @@ class _Visit:
         """In place of `_pytest.runner.call_and_report`."""
         self.happened = True
         if item is self.item and when == "setup":
-            self._plain = skipping.evaluate_skip_marks(item) is not None
+            self._plain = _is_not_run(item)
         if item is not self.item or self._plain:
             report: pytest.TestReport = self.original(item, when, log, **keywords)
             return report
         if when == "setup":
             return self._set_up(log)
-        if when == "teardown":
+        if when == "teardown" and not self._failed_outside:
             return self._tear_down(log, keywords["nextitem"])
+        if when == "teardown":
+            return self._tear_down_what_failed(log, keywords["nextitem"])
         return self._phase(when, log)
 
     # ------------------------------------------------------------------ phases
 
     def _set_up(self, log: bool) -> pytest.TestReport:
+        if _hooks_come_first(self.item) and not wider.are_set_up(self.item):
+            entered = self._try(lambda: self._enter(probe=True), "setup")
+            if entered.excinfo is not None:
+                self.leave()
+                return self._own_report(entered, log)
+            with contextlib.suppress(_Reached):
+                return self._phase("setup", log)
+            self.leave()
         outside = self._try(self._set_up_outside, "setup")
+        self._failed_outside = outside.excinfo is not None
         entered = outside if outside.excinfo else self._try(self._enter, "setup")
         if entered.excinfo is not None:
             self.leave()
@@ -111,13 +129,18 @@ class _Visit:
         item = self.item
         if hasattr(item, "_request") and not item._request:
             item._initrequest()
-        item.setup = lambda: _set_up_wider_fixtures(item)
+        item.setup = lambda: wider.set_up(item)
+        stack = item.session._setupstate.stack
         try:
             self._pytests_own("pytest_runtest_setup")(item=item)
+        except BaseException:
+            if item in stack:
+                stack[item][0].remove(item.teardown)  # its own set-up has not begun
+            raise
         finally:
             del item.setup
-            # the child sets the item up in earnest, and tears it down
-            item.session._setupstate.stack.pop(item, None)
+        # the child sets the item up in earnest, and tears it down
+        stack.pop(item, None)
 
     def _phase(
         self, when: str, log: bool, adjust: Callable[[pytest.TestReport], None] | None = None
@@ -150,6 +173,8 @@ class _Visit:
             elif kind == "done":
                 report, was_logged, brought = value
                 luggage.unpack(self.item, brought)
+                self._raised = brought.get("raised")
+                self._suspended = brought.get("suspended", False)
                 if was_logged:  # what was noted on it since, such as that pdb has shown it
                     late = {k: v for k, v in vars(report).items() if k not in vars(logged[-1])}
                     vars(logged[-1]).update(late)
@@ -158,6 +183,8 @@ class _Visit:
                     adjust(report)
                 self._last = report
                 return report
+            elif kind == "reached":
+                raise _Reached
             else:
                 brought, error, place = value
                 luggage.unpack(self.item, brought)
@@ -170,13 +197,21 @@ class _Visit:
             self.nextitem = None
         report = None if self._inside is None else self._phase("teardown", log=False)
         changes: list[tuple[str, str]] = []
+        # where nothing was set up outside
+        self.item.stash.setdefault(caplog_records_key, {})
+        if self._suspended:  # nothing that this test shares with itself is torn down
+            nextitem = self.item
 
+        @not_in_tracebacks
         def outside() -> None:
             try:
                 if self._container is not None and options.is_on(self.item.config, "changes"):
                     changes.extend(changed_by_body(self._container))
                 self.leave()
             finally:
+                if self._raised is not None:
+                    # so that what is torn down outside adds its own errors to it
+                    self._fail_with(self._raised)
                 self._pytests_own("pytest_runtest_teardown")(item=self.item, nextitem=nextitem)
 
         call = self._try(outside, "teardown")
@@ -190,21 +225,49 @@ class _Visit:
             self.item.ihook.pytest_runtest_logreport(report=report)
         return report
 
+    def _tear_down_what_failed(self, log: bool, nextitem: pytest.Item | None) -> pytest.TestReport:
+        """There has been no body, so the plugins that are to hear of its end hear of it here."""
+        stack = self.item.session._setupstate.stack
+        before = dict(stack)
+        report: pytest.TestReport = self.original(self.item, "teardown", log, nextitem=nextitem)
+        # one that is about to repeat the test takes away what is not to be torn down, and would
+        # put it back in the body that comes to its end
+        kept = {node: row for node, row in before.items() if row[0] or node in stack}
+        stack.clear()
+        stack.update(kept)
+        return report
+
     def _one_teardown(
         self, report: pytest.TestReport | None, call: CallInfo[None]
     ) -> pytest.TestReport:
         """The report of the body's teardown, which may have none, and of the one outside."""
-        if report is not None and call.excinfo is None:
+        raised = None if call.excinfo is None else call.excinfo.value
+        only_the_bodys = self._failures == [*getattr(raised, "exceptions", [raised])]
+        if report is not None and (raised is None or only_the_bodys):
             report.duration += call.duration
             _merge_sections(report, self.item)
             return report
         own = self._own_report(call, log=False)
         if report is not None:
-            if report.failed:
-                own.sections.append(("teardown of the body", str(report.longrepr)))
             _merge_sections(own, self.item)
             own.duration += report.duration
         return own
+
+    def _fail_with(self, raised: Raised) -> None:
+        """Have the item's own teardown raise what it has raised inside."""
+        error = raised.again()
+        # several are a group of its own that pytest makes
+        self._failures = [*getattr(error, "exceptions", [error])]
+
+        def finalizer(one: BaseException) -> Callable[[], None]:
+            @not_in_tracebacks
+            def again() -> None:
+                raise one
+
+            return again
+
+        finalizers = [finalizer(one) for one in self._failures]
+        self.item.session._setupstate.stack[self.item] = (finalizers, None)
 
     # ------------------------------------------------------------------ parts
 
@@ -230,7 +293,7 @@ class _Visit:
         others = [plugin for plugin in manager.get_plugins() if plugin not in own]
         return manager.subset_hook_caller(hook, others)
 
-    def _enter(self) -> None:
+    def _enter(self, probe: bool = False) -> None:
         """Make the container, and fork the body into it."""
         item = self.item
         spec = spec_of(item, _spec_defaults(item))
@@ -247,15 +310,13 @@ class _Visit:
         self._container = container
         self._faults = os.memfd_create("nsbox-faults")
         self._stack.callback(os.close, self._faults)
-        body = Body(item, self.nextitem, self.original, self._faults)
-        # timers do not cross a fork (setitimer(2)): a deadline of this process is the body's now
-        self._timer = body.timer = signal.setitimer(signal.ITIMER_REAL, 0)
-        self._began = time.monotonic()
+        self._deadline = Deadline(item, self._began)
+        body = Body(item, self.nextitem, self.original, self._faults, self._deadline)
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
         self._inside = Inside(
-            container, lambda talk: body.run(talk, env), container.working_directory()
+            container, lambda talk: body.run(talk, env, probe), container.working_directory()
         )
 
     def _hear(self) -> bytes | None:
@@ -279,9 +340,9 @@ class _Visit:
         inside, self._inside = self._inside, None
         if inside is not None:
             inside.kill()
-            left = self._timer[0] - (time.monotonic() - self._began)
-            if left > 0:
-                signal.setitimer(signal.ITIMER_REAL, left, self._timer[1])
+        deadline, self._deadline = self._deadline, None
+        if deadline is not None:
+            deadline.give_back()
         self._container = None
         stack, self._stack = self._stack, contextlib.ExitStack()
         stack.close()
@@ -331,17 +392,28 @@ def _merge_sections(report: pytest.TestReport, item: Any) -> None:
     ]
 
 
-def _set_up_wider_fixtures(item: Any) -> None:
-    """Set up the fixtures of a test whose scope is wider than one test."""
-    definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
-    scopes = getattr(getattr(item, "callspec", None), "_arg2scope", {})
-    for name in getattr(item, "fixturenames", ()):
-        known = definitions.get(name, ())
-        scope = scopes.get(name)
-        if not known or (scope is not None and scope.value == "function"):
-            continue
-        if known[-1].scope != "function":
-            item._request.getfixturevalue(name)
+class _Reached(Exception):
+    """The body has come to where wider fixtures are set up."""
+
+
+def _is_not_run(item: pytest.Item) -> bool:
+    """Whether its marks say so, or cannot be understood."""
+    try:
+        if skipping.evaluate_skip_marks(item) is not None:
+            return True
+        expected = None if item.config.option.runxfail else skipping.evaluate_xfail_marks(item)
+    except pytest.fail.Exception:
+        return True
+    return expected is not None and not expected.run
+
+
+def _hooks_come_first(item: pytest.Item) -> bool:
+    """Whether a plugin, such as a conftest, has its say before any fixture is set up."""
+    for implementation in item.ihook.pytest_runtest_setup.get_hookimpls():
+        module = getattr(implementation.function, "__module__", None) or ""
+        if not module.startswith(("_pytest.", "pytest_nsbox.")):
+            return True
+    return False
 
 
 def _spec_defaults(item: Any) -> Any:

@@ -66,11 +66,17 @@ class Pack:
         self._notes = dict(vars(item))
         self._lengths = {name: len(found) for name, found in _gathered(item).items()}
         self.ends = (item.session.shouldstop, item.session.shouldfail)
+        self._snapshots = None
+        if getattr(item.config, "_syrupy", None) is not None:
+            from pytest_nsbox.plugin.snapshots import Snapshots
+
+            self._snapshots = Snapshots(item)
 
     def close(self, *, last: bool) -> dict[str, Any]:
         """What has come up to now; what is gathered over the run comes with the last."""
         session = self.item.session
-        found: dict[str, Any] = {"notes": self._new_notes(), "warnings": self._new_warnings()}
+        found: dict[str, Any] = {"packed": self._packed() if last else ()}
+        found |= {"notes": self._new_notes(), "warnings": self._new_warnings()}
         found["sections"] = list(self.item._report_sections)
         found["user_properties"] = trimmed(self.item.user_properties)
         if (session.shouldstop, session.shouldfail) != self.ends:
@@ -85,6 +91,21 @@ class Pack:
             }
             found["attributes"] = _xml_attributes(self.item)
             found["coverage"] = _measured()
+            if self._snapshots is not None:
+                found["snapshots"] = self._snapshots.close()
+        return found
+
+    def _packed(self) -> list[Any]:
+        """What other plugins want to be brought out."""
+        values = list(self.item.ihook.pytest_nsbox_pack(item=self.item))
+        for value in values:
+            if not can_travel(value):
+                warnings.warn(
+                    f"pytest_nsbox_pack: what cannot be pickled is left out: {value!r:.200}",
+                    pytest.PytestWarning,
+                    stacklevel=1,
+                )
+        found: list[Any] = trimmed(values)
         return found
 
     def _new_notes(self) -> dict[str, Any]:
@@ -129,6 +150,12 @@ def unpack(item: Any, found: dict[str, Any]) -> None:
         xml.node_reporter(item.nodeid).add_attribute(name, value)
     if found.get("coverage"):
         _add_measured(found["coverage"])
+    if found.get("snapshots"):
+        from pytest_nsbox.plugin import snapshots
+
+        snapshots.unpack(item, found["snapshots"])
+    if found.get("packed"):
+        item.ihook.pytest_nsbox_unpack(item=item, packed=found["packed"])
 
 
 def _gathered(item: Any) -> dict[str, list[Any]]:
