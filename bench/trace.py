@@ -106,7 +106,7 @@ def _launch() -> None:
     wrap(zygote.Zygote, "fork_init", "zygote: fork, or hand over the plan")
     wrap(setup, "_isolate", "unshare")
     wrap(setup, "_join", "join the cgroups")
-    wrap(setup, "file_tree", "plan the mounts")
+    wrap(setup, "_file_tree", "plan the mounts")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)

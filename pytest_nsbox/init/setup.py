@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -62,35 +63,45 @@ def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
     _live(plan, fds, lambda: _isolate(plan.order.own_network))
 
 
-def await_plan(zygote: socket.socket) -> NoReturn:
+def await_plan(zygote: socket.socket, last: InitPlan) -> NoReturn:
     """The same for who has been forked ahead of the plan: in namespaces of its own by then."""
-    failed: list[OSError] = []
+    prepared: list[OSError | Own] = []
 
-    def report() -> None:
-        for error in failed:
-            raise error
+    def isolated() -> Own:
+        (found,) = prepared
+        if isinstance(found, OSError):
+            raise found
+        return found
 
     try:
         _leave_the_zygote([zygote.fileno()], "nsbox-ahead", die_with_parent=True)
         try:
-            _isolate(own_network=True)
+            prepared.append(_isolate(own_network=True))
+            _rehearse(last)
         except OSError as error:
-            failed.append(error)
+            prepared[:] = [error]
         received = wire.receive(zygote)
         if received is not None:
             zygote.close()
             libc.set_process_name(NAME)
-            _live(InitPlan.from_wire(received[0]["plan"]), received[1], report)
+            _live(InitPlan.from_wire(received[0]["plan"]), received[1], isolated)
     finally:
         os._exit(1)
 
 
-def _live(plan: InitPlan, fds: list[int], isolated: Callable[[], None]) -> NoReturn:
+def _rehearse(plan: InitPlan) -> None:
+    """Go through what is to come, but for what it does: the pages that it writes to are then
+    this process's own, and not copied when there is somebody who waits (fork(2))."""
+    again = InitPlan.from_wire(json.loads(json.dumps(plan.to_wire())))
+    for step in _file_tree(again):
+        step.describe()
+
+
+def _live(plan: InitPlan, fds: list[int], isolate: Callable[[], Own]) -> NoReturn:
     status = 1
     launcher, session = (socket.socket(fileno=fd) for fd in fds[:2])
     try:
-        isolated()
-        _build(plan, launcher, fds[2:])
+        _build(plan, launcher, isolate(), fds[2:])
         serve(launcher, session)
         status = 0
     except BaseException as error:
@@ -116,16 +127,40 @@ def _leave_the_zygote(keep: list[int], name: str, *, die_with_parent: bool) -> N
     os.umask(0o022)
 
 
-def _isolate(own_network: bool) -> None:
+@dataclass
+class Own:
+    """What the launcher gives a name and addresses to from outside, while mounts are made here:
+    descriptors of namespaces, and a socket in the network's."""
+
+    namespaces: list[int]
+    netlink: Netlink | None = None
+
+    def hand_out(self, launcher: socket.socket) -> None:
+        fds = [] if self.netlink is None else [self.netlink.fileno()]
+        wire.send(launcher, {"op": "apart"}, self.namespaces + fds)
+        wire.close_all(self.namespaces)
+        if self.netlink is not None:
+            self.netlink.close()
+
+
+def _isolate(own_network: bool) -> Own:
     flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS
     libc.unshare(flags | (libc.CLONE_NEWNET if own_network else 0))
+    if not own_network:
+        return Own([open_namespace("uts")])
+    return Own([open_namespace("uts"), open_namespace("net")], Netlink())
 
 
-def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> None:
+def _file_tree(plan: InitPlan) -> list[mounts.Step]:
+    userns = plan.userns
+    return file_tree(plan.order, plan.layer, plan.cgroups, in_userns=userns, cover=plan.cover)
+
+
+def _build(plan: InitPlan, launcher: socket.socket, own: Own, cgroup_procs: list[int]) -> None:
     order = plan.order
-    _hand_out(launcher, order.own_network)
+    own.hand_out(launcher)
     _join(cgroup_procs)
-    steps = file_tree(order, plan.layer, plan.cgroups, in_userns=plan.userns, cover=plan.cover)
+    steps = _file_tree(plan)
     mounts.run(steps[:-1])
     # the one way to what the container writes, for the launcher: from inside there is none
     scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -139,19 +174,6 @@ def _build(plan: InitPlan, launcher: socket.socket, cgroup_procs: list[int]) -> 
     fds = [scratch, *own_files.values()]
     wire.send(launcher, {"op": "ready", "places": rows, "files": list(own_files)}, fds)
     wire.close_all(fds)
-
-
-def _hand_out(launcher: socket.socket, own_network: bool) -> None:
-    """What the launcher gives a name and addresses to from outside, while this goes on."""
-    fds = [open_namespace("uts")]
-    netlink = None
-    if own_network:
-        netlink = Netlink()
-        fds += [open_namespace("net"), netlink.fileno()]
-    wire.send(launcher, {"op": "apart"}, fds)
-    wire.close_all(fds[:2])
-    if netlink is not None:
-        netlink.close()
 
 
 def _join(cgroup_procs: list[int]) -> None:

@@ -154,7 +154,7 @@ def _live(launcher: socket.socket) -> None:
                 plan = InitPlan.from_wire(message["plan"])
                 plan.prepare()
                 if message.get("ahead"):
-                    pid, line = _fork_ahead()
+                    pid, line = _fork_ahead(plan)
                     out.append(line)
                 else:
                     pid = _fork(plan, fds)
@@ -194,11 +194,11 @@ def close_all_but(keep: Iterable[int]) -> None:
     os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
-def _fork_ahead() -> tuple[int, int]:
+def _fork_ahead(last: InitPlan) -> tuple[int, int]:
     """An init that has no plan yet, and the socket that it waits for one on."""
     ours, theirs = wire.pair()
     with ours, theirs:
-        return _in_new_namespaces(None, lambda: await_plan(theirs)), ours.detach()
+        return _in_new_namespaces(None, lambda: await_plan(theirs, last)), ours.detach()
 
 
 def _fork(plan: InitPlan, fds: list[int]) -> int:
