@@ -404,6 +404,7 @@ class Launcher:
         container = self.containers.get(message["id"])
         if container is None:
             return {}, []
+        self._out_of_memory(container)  # which may not have been noticed yet
         container.kill("stopped")
         if message.get("later"):
             self._leave_to_die(container)

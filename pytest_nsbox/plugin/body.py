@@ -20,6 +20,7 @@ from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
 
 Talk = Callable[[bytes], bytes]
+_NAME = "nsbox-body"
 
 
 class Body:
@@ -41,6 +42,7 @@ class Body:
         self._failure: BaseException | None = None
         self._suspended = False  # whether wider fixtures are kept for another run of the test
         self._logged: pytest.TestReport | None = None
+        self._unsaid: list[tuple[str, Any]] = []  # what can wait for the next word
 
     def run(self, talk: Talk, env: Mapping[str, str], probe: bool) -> None:
         """In the child: until the test has been torn down, or ends the run.
@@ -51,6 +53,9 @@ class Body:
         if probe:
             self._end_where_wider_fixtures_are_set_up()
         self._talk = talk
+        plugin: Any = self.item.config.pluginmanager.getplugin("logging-plugin")
+        self.live_log: Any = getattr(plugin, "log_cli_handler", None)
+        self.heading_shown = getattr(self.live_log, "_section_name_shown", False)
         self._watch()
         self._report_to_the_parent()
         self._tear_down_no_further_than_the_item()
@@ -92,7 +97,8 @@ class Body:
         """Tell the parent and wait for its answer; that time does not count as the test's."""
         _flush_terminal(self.item.config)
         self.deadline.pause()
-        answer = self._talk(pickle.dumps((kind, value)))
+        answer = self._talk(pickle.dumps([*self._unsaid, (kind, value)]))
+        self._unsaid.clear()
         self.deadline.resume()
         return answer
 
@@ -111,11 +117,10 @@ class Body:
 
     def _report_to_the_parent(self) -> None:
         """Whoever counts, prints or sends on reports does so in the parent."""
-        config = self.item.config
-        caller = config.hook.pytest_runtest_logreport
-        for implementation in list(caller.get_hookimpls()):
-            caller._remove_plugin(implementation.plugin)
-        config.pluginmanager.register(_Reporting(self), "nsbox-body")
+        ours = reporting(self.item.config)
+        ours.body = self
+        caller: Any = self.item.config.hook.pytest_runtest_logreport
+        caller._hookimpls[:] = [one for one in caller.get_hookimpls() if one.plugin is ours]
 
     def _end_where_wider_fixtures_are_set_up(self) -> None:
         """Only see whether a hook skips or fails the test before that."""
@@ -135,7 +140,12 @@ class Body:
 
     def log(self, report: pytest.TestReport) -> None:
         self._logged = report
-        answer = self._say("log", (portable(report), self.pack.close(last=False)))
+        word = ("log", (portable(report), self.pack.close(last=False)))
+        if type(report) is pytest.TestReport and report.passed and not self._unsaid:
+            # nothing but the end of the phase comes after it
+            self._unsaid.append(word)
+            return
+        answer = self._say(*word)
         # whoever counts failures may have seen enough: subtests go on no further then
         self.pack.ends = pickle.loads(answer)
         self.item.session.shouldstop, self.item.session.shouldfail = self.pack.ends
@@ -169,33 +179,41 @@ class Body:
         state.teardown_exact = here
 
 
-class _Reporting:
-    """The hooks that are only the body's."""
+def reporting(config: pytest.Config) -> Reporting:
+    """The one of this run, registered before the fork, as that takes its time."""
+    found: Reporting | None = config.pluginmanager.getplugin(_NAME)
+    if found is None:
+        found = Reporting()
+        config.pluginmanager.register(found, _NAME)
+    return found
 
-    def __init__(self, body: Body) -> None:
-        self.body = body
-        plugin: Any = body.item.config.pluginmanager.getplugin("logging-plugin")
-        self._live_log: Any = getattr(plugin, "log_cli_handler", None)
-        self._heading_shown = getattr(self._live_log, "_section_name_shown", False)
+
+class Reporting:
+    """The hooks that are only a body's: in the pytest process they do nothing."""
+
+    def __init__(self) -> None:
+        self.body: Body | None = None
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.body.log(report)
+        if self.body is not None:
+            self.body.log(report)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
         """The live log's heading may have been printed for the fixtures outside."""
-        if self._heading_shown:
-            self._live_log._section_name_shown = True
+        if self.body is not None and self.body.heading_shown:
+            self.body.live_log._section_name_shown = True
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
         self, item: Any, call: pytest.CallInfo[Any]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """The set-up outside and the one inside have printed as one."""
-        if call.when == "teardown" and call.excinfo is not None:
-            self.body.note_failure(call.excinfo.value)
-        item._report_sections[:] = luggage.merged_sections(item._report_sections)
+        if self.body is not None:
+            if call.when == "teardown" and call.excinfo is not None:
+                self.body.note_failure(call.excinfo.value)
+            item._report_sections[:] = luggage.merged_sections(item._report_sections)
         return (yield)
 
 

@@ -83,7 +83,6 @@ class Boxes:
             try:
                 yield container
             finally:
-                container.settle()
                 item.ihook.pytest_nsbox_container_stopping(container=container, item=item)
         finally:
             # with others made ahead, the next test need not wait for the end of this one

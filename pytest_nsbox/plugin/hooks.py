@@ -19,12 +19,23 @@ def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
     """Take over the phases of the tests that run inside."""
+    _reap(item.config)
     if not runs_inside(item) or not on_linux():
         return (yield)
     from pytest_nsbox.plugin.inside import taken_over
 
     with taken_over(item, nextitem):
         return (yield)
+
+
+def _reap(config: pytest.Config) -> None:
+    """The last test's body, which has had time to end since it was killed."""
+    if "pytest_nsbox.plugin.boxes" in sys.modules:
+        from pytest_nsbox.plugin.boxes import opened
+
+        boxes = opened(config)
+        if boxes is not None:
+            boxes.session.reap()
 
 
 @pytest.hookimpl(wrapper=True)

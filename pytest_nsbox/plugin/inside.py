@@ -23,7 +23,7 @@ from _pytest.runner import CallInfo, check_interactive_exception
 
 from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin import luggage, options, wider
-from pytest_nsbox.plugin.body import Body
+from pytest_nsbox.plugin.body import Body, reporting
 from pytest_nsbox.plugin.boxes import boxes_of
 from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.images import of_the_suite
@@ -160,14 +160,11 @@ class _Visit:
                 if log:
                     self.item.ihook.pytest_runtest_logreport(report=report)
                 return report
-            kind, value = pickle.loads(data)  # the child is the test itself
+            *before, (kind, value) = pickle.loads(data)  # the child is the test itself
+            for _, row in before:
+                logged.append(self._log(row, adjust))
             if kind == "log":
-                report, brought = value
-                luggage.unpack(self.item, brought)
-                if adjust is not None:
-                    adjust(report)
-                logged.append(report)
-                self.item.ihook.pytest_runtest_logreport(report=report)
+                logged.append(self._log(value, adjust))
                 session = self.item.session
                 self._inside.reply(pickle.dumps((session.shouldstop, session.shouldfail)))
             elif kind == "done":
@@ -191,6 +188,18 @@ class _Visit:
                 self._inside.reply(b"")
                 self.leave()
                 _raise_at(error, place)
+
+    def _log(
+        self,
+        row: tuple[pytest.TestReport, dict[str, Any]],
+        adjust: Callable[[pytest.TestReport], None] | None,
+    ) -> pytest.TestReport:
+        report, brought = row
+        luggage.unpack(self.item, brought)
+        if adjust is not None:
+            adjust(report)
+        self.item.ihook.pytest_runtest_logreport(report=report)
+        return report
 
     def _tear_down(self, log: bool, nextitem: pytest.Item | None) -> pytest.TestReport:
         if nextitem is None:
@@ -311,6 +320,7 @@ class _Visit:
         self._faults = os.memfd_create("nsbox-faults")
         self._stack.callback(os.close, self._faults)
         self._deadline = Deadline(item, self._began)
+        reporting(item.config)
         body = Body(item, self.nextitem, self.original, self._faults, self._deadline)
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
@@ -331,7 +341,7 @@ class _Visit:
                     self._inside.signal(signal.SIGINT)
                 with contextlib.suppress(TimeoutError):
                     data = self._inside.receive(wait)
-                    if data is not None and pickle.loads(data)[0] == "raised":
+                    if data is not None and pickle.loads(data)[-1][0] == "raised":
                         return data
             raise
 
@@ -339,7 +349,7 @@ class _Visit:
         """End the body, if there is one, and take its container down."""
         inside, self._inside = self._inside, None
         if inside is not None:
-            inside.kill()
+            inside.signal(signal.SIGKILL)  # who closes its container waits for its end
         deadline, self._deadline = self._deadline, None
         if deadline is not None:
             deadline.give_back()

@@ -93,7 +93,11 @@ class Container:
         try:
             # PID 1 cannot end before those are reaped, and they are this process's children
             for body in list(self.bodies):
-                body.kill()
+                if wait:
+                    body.kill()
+                else:
+                    body.signal(signal.SIGKILL)
+            self.session.unreaped += self.bodies
             self._last, _ = self.session.request("destroy", id=self.id, later=not wait)
         finally:
             self._init.close()

@@ -32,6 +32,7 @@ from pytest_nsbox.session.order import make_order
 
 if TYPE_CHECKING:
     from pytest_nsbox.rootfs import LayerCache
+    from pytest_nsbox.session.inside import Inside
     from pytest_nsbox.session.python import Brought
 
 UPLINKS = ("auto", "veth", "pasta", "slirp4netns", "none")
@@ -74,6 +75,7 @@ class Session:
         self._words: Any = None  # what the launcher has to say on its standard error
         self._owner = 0
         self._names: set[str] = set()
+        self.unreaped: list[Inside] = []  # killed children of this process
         self._networks = 0
         self._layers: LayerCache | None = None
         self._pythons: dict[tuple[str, ...], Brought | str] = {}  # on images; a text: why not
@@ -114,6 +116,7 @@ class Session:
         """
         if self._launcher is None or os.getpid() != self._owner:
             return
+        self.reap()
         launcher, self._launcher = self._launcher, None
         assert self._lifeline is not None
         self._lifeline.close()
@@ -146,6 +149,11 @@ class Session:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def reap(self) -> None:
+        """Wait for the end of killed children of this process."""
+        while self.unreaped:
+            self.unreaped.pop().kill()
 
     def request(
         self, operation: str, fds: Sequence[int] = (), **fields: Any
