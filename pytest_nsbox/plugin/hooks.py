@@ -29,13 +29,13 @@ def pytest_runtest_protocol(
 
 
 def _reap(config: pytest.Config) -> None:
-    """The last test's body, which has had time to end since it was killed."""
+    """The bodies of tests before, but for one that has just been killed and needs a moment."""
     if "pytest_nsbox.plugin.boxes" in sys.modules:
         from pytest_nsbox.plugin.boxes import opened
 
         boxes = opened(config)
         if boxes is not None:
-            boxes.session.reap()
+            boxes.session.reap(most=1)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -150,10 +150,13 @@ class Session:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def reap(self) -> None:
-        """Wait for the end of killed children of this process."""
-        while self.unreaped:
-            self.unreaped.pop().kill()
+    def reap(self, most: int = 0) -> None:
+        """Wait for the end of killed children of this process, until `most` are left that have
+        not ended by themselves: a large process takes its time."""
+        for child in list(self.unreaped):
+            if len(self.unreaped) > most or wire.is_ready(child.pidfd, 0):
+                self.unreaped.remove(child)
+                child.kill()
 
     def request(
         self, operation: str, fds: Sequence[int] = (), **fields: Any
