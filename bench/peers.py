@@ -14,8 +14,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,34 @@ class Runner:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def engines(stack: ExitStack, directory: Path) -> tuple[list[Peer], dict[str, str]]:
+    """Docker and podman, where they are there and answer, and why others are not. Each has an
+    image of its own, with busybox alone, until `stack` is left."""
+    found: list[Peer] = []
+    missing: dict[str, str] = {}
+    archive = directory / "busybox.tar"
+    busybox = shutil.which("busybox")
+    for engine, package in (("docker", "docker.io"), ("podman", "podman")):
+        name = f"{engine} run --rm"
+        if shutil.which(engine) is None:
+            missing[name] = "not installed"
+        elif subprocess.run([engine, "ps"], capture_output=True).returncode:
+            missing[name] = "no daemon answers" if engine == "docker" else "it fails"
+        elif busybox is None:
+            missing[name] = "its image needs the package busybox-static"
+        else:
+            if not archive.exists():
+                with tarfile.open(archive, "w") as tar:
+                    tar.add(busybox, "bin/true")
+            image = f"nsbox-bench-{os.getpid()}"
+            subprocess.run([engine, "import", archive, image], check=True, capture_output=True)
+            stack.callback(subprocess.run, [engine, "rmi", "-f", image], capture_output=True)
+            limits = [f"--cpus={CPUS}", f"--memory={MEMORY}", f"--pids-limit={PIDS}"]
+            argv = [engine, "run", "--rm", *limits, image, "/bin/true"]
+            found.append(Peer(name, package, argv, "all: bridge, NAT, limits, overlay, seccomp"))
+    return found, missing
 
 
 def _enter_namespace(rootfs: str) -> None:

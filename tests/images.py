@@ -101,6 +101,18 @@ class Images:
         )  # fmt: skip
         return layout
 
+    def layered(self, count: int) -> Path:
+        """A layout with an image `app` of so many layers: the tree, then a file in each."""
+        layout, file = self.directory / f"layers{count}", self.directory / "file"
+        image = f"{layout}:app"
+        self._run("umoci", "init", "--layout", layout)
+        self._run("umoci", "new", "--image", image)
+        self._run("umoci", "insert", "--image", image, self.tree, "/")
+        for number in range(1, count):
+            file.write_text(f"{number}\n")
+            self._run("umoci", "insert", "--image", image, file, f"/var/www/{number}")
+        return layout
+
     @functools.cached_property
     def docker_archive(self) -> Path:
         """What `docker save` writes."""
