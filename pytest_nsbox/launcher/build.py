@@ -21,6 +21,7 @@ from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, Unsupport
 from pytest_nsbox.init.setup import InitPlan
 from pytest_nsbox.kernel import cgroup, libc, link
 from pytest_nsbox.kernel.cgroup import Cgroup
+from pytest_nsbox.kernel.inode_flags import spread
 from pytest_nsbox.kernel.mounts import mount_points
 from pytest_nsbox.kernel.namespaces import entered
 from pytest_nsbox.kernel.netlink import Netlink, Request
@@ -267,6 +268,7 @@ def _holds_layers(directory: Path) -> bool:
     Documentation/filesystems/overlayfs.rst, and files on a tmpfs are memory wherever it is."""
     path = directory.resolve()
     over = [mount for mount in mount_points() if path.is_relative_to(mount.path)]
+    spread(path)
     return max(over, key=lambda mount: len(mount.path)).fstype not in ("overlay", "tmpfs")
 
 
