@@ -126,14 +126,15 @@ def detect(session: str) -> Driver:
     v2 = next((mount for mount in mounts if mount.version == 2), None)
     if v2 and _V2_CONTROLLERS & set(files.read(v2.point + "/cgroup.controllers").split()):
         return DriverV2(name, place(v2.point, v2.own))
+    v1 = [mount for mount in mounts if mount.version == 1]
     parents: dict[str, str] = {}
-    for mount in mounts:
-        if mount.version == 1 and mount.writable():
-            for controller in _V1_CONTROLLERS.intersection(mount.options):
-                parents.setdefault(controller, mount.own)
+    for mount in filter(_Mount.writable, v1):
+        for controller in _V1_CONTROLLERS.intersection(mount.options):
+            parents.setdefault(controller, mount.own)
     if parents:
         return DriverV1(name, parents)
-    if v2:
+    # beside v1's controllers a mount of v2 has none, and is not what would have to be writable
+    if v2 and not any(_V1_CONTROLLERS.intersection(mount.options) for mount in v1):
         return DriverV2(name, place(v2.point, v2.own))
     raise UnsupportedError(
         "no cgroup can be written: "

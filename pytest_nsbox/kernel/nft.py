@@ -26,7 +26,7 @@ from pytest_nsbox.kernel.netlink import (
 _SUBSYS = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 16, 17
 _NEWTABLE, _NEWCHAIN, _NEWRULE = _SUBSYS | 0, _SUBSYS | 3, _SUBSYS | 6
-_GETCHAIN = _SUBSYS | 4
+_GETCHAIN, _GETRULE = _SUBSYS | 4, _SUBSYS | 7
 _APPEND = 0x800
 _DUMP = 0x300
 _TABLE_OWNER = 2  # NFT_TABLE_F_OWNER
@@ -100,10 +100,24 @@ def interface(key: int, name: str) -> list[Any]:
 
 def source(address: str) -> list[Any]:
     """Match the one address a packet comes from."""
+    return _address(address, 12)
+
+
+def destination(address: str) -> list[Any]:
+    """Match the one address a packet goes to."""
+    return _address(address, 16)
+
+
+def _address(address: str, offset: int) -> list[Any]:
     return [
-        genex("payload", {"dreg": 1, "base": 1, "offset": 12, "len": 4}),
+        genex("payload", {"dreg": 1, "base": 1, "offset": offset, "len": 4}),
         _compare(socket.inet_aton(address)),
     ]
+
+
+def counted_drop() -> list[Any]:
+    """Count the packet, and drop it."""
+    return [genex("counter", {"bytes": 0, "packets": 0}), *verdict(DROP)]
 
 
 def masquerade() -> list[Any]:
@@ -148,6 +162,19 @@ def _attributes(data: bytes) -> dict[int, bytes]:
     return found
 
 
+def _elements(data: bytes) -> list[bytes]:
+    """A nested list, whose attributes are all of one kind."""
+    found = []
+    offset = 0
+    while offset + 4 <= len(data):
+        length = struct.unpack_from("=H", data, offset)[0]
+        if length < 4:
+            break
+        found.append(data[offset + 4 : offset + length])
+        offset += length + -length % 4
+    return found
+
+
 class Nft:
     """A socket whose tables live as long as it does."""
 
@@ -164,6 +191,18 @@ class Nft:
         end = Request("nft batch end", _BATCH_END, 0, header, False)
         self._netlink.send([begin, *requests, end])
 
+    def packets(self, table_: str, chain_: str) -> int:
+        """How many the counters in a chain have seen."""
+        attrs = [("NFTA_RULE_TABLE", table_), ("NFTA_RULE_CHAIN", chain_)]
+        payload = _message(nft_rule_msg, attrs)
+        count = 0
+        for body in self._netlink.dump(Request("nft list rules", _GETRULE, _DUMP, payload, False)):
+            for element in _elements(_attributes(body[4:]).get(4, b"")):
+                expression = _attributes(element)  # NFTA_EXPR_NAME, NFTA_EXPR_DATA
+                if expression[1] == b"counter\0":
+                    count += struct.unpack(">Q", _attributes(expression[2])[2])[0]
+        return count
+
 
 __all__ = [
     "IIFNAME",
@@ -171,6 +210,8 @@ __all__ = [
     "Nft",
     "accept",
     "chain",
+    "counted_drop",
+    "destination",
     "forward_chains",
     "interface",
     "masquerade",

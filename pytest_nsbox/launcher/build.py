@@ -32,7 +32,7 @@ from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.zygote import Zygote
-from pytest_nsbox.model.limits import Stats
+from pytest_nsbox.model.limits import Limits, Stats
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.place import Place
 
@@ -211,17 +211,22 @@ def _check_snapshot(plan: InitPlan) -> None:
 
 
 def _limit(container: Container, workshop: Workshop) -> None:
-    limits = container.order.limits
+    group = make_cgroup(f"c{container.id}", container.order.limits, workshop)
+    if group is not None:
+        container.cgroup = group
+        # whoever has not ended by then will not while its cgroup is waited for
+        container.undo.push("rmdir cgroup", lambda: group.remove(patient=not container.alive))
+
+
+def make_cgroup(name: str, limits: Limits, workshop: Workshop) -> Cgroup | None:
+    """None where no limit is asked for and none could be kept. Raises UnsupportedError."""
     if workshop.cgroups is None:
         asked = [name for name, value in vars(limits).items() if value is not None]
         if asked:
             raise UnsupportedError(f"{asked[0]}= cannot be kept: {workshop.no_cgroups}")
-        return
+        return None
     device = _device(workshop.layers) if limits.io is not None else None
-    group = workshop.cgroups.create(f"c{container.id}", limits, device)
-    container.cgroup = group
-    # whoever has not ended by then will not while its cgroup is waited for
-    container.undo.push("rmdir cgroup", lambda: group.remove(patient=not container.alive))
+    return workshop.cgroups.create(name, limits, device)
 
 
 def _device(directory: Path) -> str:

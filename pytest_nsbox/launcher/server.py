@@ -24,21 +24,28 @@ from pytest_nsbox.errors import (
     UnsupportedError,
 )
 from pytest_nsbox.kernel import cgroup, libc, processes
-from pytest_nsbox.launcher import ledger, names, tunnel
+from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.audit import left_by_this
-from pytest_nsbox.launcher.build import UNTIL_DEAD, Container, Workshop, begin, finish, known_names
+from pytest_nsbox.launcher.build import (
+    UNTIL_DEAD,
+    Container,
+    Workshop,
+    begin,
+    finish,
+    known_names,
+    make_cgroup,
+)
 from pytest_nsbox.launcher.changes import Own, read_changes, write_upper
 from pytest_nsbox.launcher.copying import copy_between
-from pytest_nsbox.launcher.envoy import Envoy
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface, make_socket
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.pool import Pool
 from pytest_nsbox.launcher.ports import HostPorts, forward_port
 from pytest_nsbox.launcher.snapshot import take_snapshot
 from pytest_nsbox.launcher.standing import Standing
-from pytest_nsbox.launcher.tunnel import Tunnel
 from pytest_nsbox.launcher.undo import Undo
-from pytest_nsbox.launcher.uplink import Host, Uplink
+from pytest_nsbox.launcher.uplink import Host
+from pytest_nsbox.launcher.wayout import WayOut
 from pytest_nsbox.launcher.worker import Work, stop
 from pytest_nsbox.launcher.zygote import Zygote
 from pytest_nsbox.model.addressing import Subnet
@@ -75,8 +82,6 @@ class Launcher:
         self.workers: dict[int, int] = {}  # pid: pidfd
         self._hubs: dict[bool, Hub] = {}
         self._defaults: dict[bool, Bridge] = {}
-        self._uplink: Uplink | Tunnel | None = None
-        self._tunnel: tunnel.Choice | None = None  # rootless: what the uplink is or may be
 
     def open(self, standing: Standing, zygote: Zygote, janitor: Janitor) -> None:
         """Leave the host's network namespace for the hub; find the cgroups; sweep."""
@@ -108,6 +113,8 @@ class Launcher:
             why = self.options["no_scope"]
             self.workshop.no_cgroups = str(error) + (f" ({why})" if why else "")
         self._hub(True)
+        self.way_out = WayOut(self.host, standing, self.ledger, self.options["uplink"])
+        self.undo.push("close the way out", self.way_out.close)
         self.pool = Pool(int(self.options["pool"]), self._begin)
 
     def _begin(self, order: Order) -> Container:
@@ -307,44 +314,13 @@ class Launcher:
         return [self._defaults[internet]]
 
     def _new_bridge(self, name: str, subnet: Subnet, internet: bool) -> Bridge:
-        if internet and self._uplink is None and self.options["uplink"] != "none":
-            self._open_uplink()
         hub = self._hub(internet)
+        if internet:
+            self.way_out.open(hub)
         mtu = self.host.mtu()
         bridge = Bridge.make(len(self.bridges) + 1, name, hub, subnet, mtu)
         self.bridges[bridge.id] = bridge
         return bridge
-
-    def _open_uplink(self) -> None:
-        hub, envoy = self._hub(True), self.standing.envoy
-        if envoy is None:
-            if self.options["uplink"] in tunnel.PROGRAMS:
-                raise UnsupportedError(
-                    f"--nsbox-uplink={self.options['uplink']} is for ordinary users; "
-                    "root has 'veth', and 'none'"
-                )
-            self._uplink = Uplink(self.host, hub, self.ledger)
-        else:
-            self._uplink = self._open_tunnel(envoy, hub)
-            if self._uplink is None:
-                return
-            hub.name_server = tunnel.NAME_SERVER
-        hub.way_out = True
-        self.undo.push("close the uplink", self._uplink.close)
-
-    def _open_tunnel(self, envoy: Envoy, hub: Hub) -> Tunnel | None:
-        """The first that works; where none was asked for by name, also none: then `describe` says
-        why, and what stays inside works."""
-        wanted = self.options["uplink"]
-        self._tunnel = self._tunnel or tunnel.choose(wanted)
-        while self._tunnel.programs:
-            try:
-                return Tunnel(self._tunnel.programs[0], envoy, hub, self.host.mtu())
-            except UnsupportedError as error:
-                if wanted != "auto":
-                    raise
-                self._tunnel = tunnel.Choice(self._tunnel.programs[1:], str(error))
-        return None
 
     @staticmethod
     def _joiner(bridge: Bridge, order: Order) -> Callable[[], Interface]:
@@ -599,16 +575,24 @@ class Launcher:
         found = rootfs.resolve(str(message["source"]), self.layer_cache)
         return {"rootfs": found.to_wire()}, []
 
+    def try_limits(self, message: Message, fds: list[int]) -> Reply:
+        """Whether limits can be kept, by a cgroup with nobody in it."""
+        group = make_cgroup("trial", Limits(**message["limits"]), self.workshop)
+        if group is not None:
+            group.remove()
+        return {}, []
+
+    def open_way_out(self, message: Message, fds: list[int]) -> Reply:
+        """Before a container needs it, so that it can be said whether there is one."""
+        self.way_out.open(self._hub(True))
+        return {}, []
+
     def describe(self, message: Message, fds: list[int]) -> Reply:
         """What was found on this host, for the report header."""
         driver = self.workshop.cgroups
         cgroups = driver.describe() if driver else f"no limits: {self.workshop.no_cgroups}"
-        found = [self.standing.describe(), cgroups]
-        if self.standing.rootless:
-            with contextlib.suppress(UnsupportedError):
-                self._tunnel = self._tunnel or tunnel.choose(self.options["uplink"])
-                found.append(self._tunnel.describe())
-        return {"host": "; ".join(found)}, []
+        found = [self.standing.describe(), cgroups, self.way_out.describe()]
+        return {"host": "; ".join(filter(None, found))}, []
 
 
 def _running(message: Message, container: Container) -> Message:
@@ -632,11 +616,13 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
         "import_rootfs",
         "kill",
         "network",
+        "open_way_out",
         "publish",
         "remove_network",
         "snapshot",
         "socket",
         "state",
+        "try_limits",
         "update",
     )
 }

@@ -66,6 +66,7 @@ class Uplink:
 
     def __init__(self, host: Host, hub: Hub, ledger: Ledger) -> None:
         self._undo = Undo()
+        self.address = ""  # the hub's
         try:
             self._make(host, hub, ledger)
         except OSError as error:
@@ -94,6 +95,7 @@ class Uplink:
             f"ip link del {name}", lambda: host.netlink.send([link.delete(index, name)])
         )
         ours, theirs = _free_addresses(host, index)
+        self.address = theirs
         host.netlink.send([link.add_address(index, name, ours, 30)])
         hub.netlink.send(
             [

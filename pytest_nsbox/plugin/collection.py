@@ -9,6 +9,7 @@ import pytest
 from pytest_nsbox.plugin import options
 from pytest_nsbox.plugin.elsewhere import on_linux
 from pytest_nsbox.plugin.specs import MARKER, defaults, keywords, marked, runs_inside, uses_fixture
+from pytest_nsbox.plugin.telling import is_first_worker, is_worker, tell
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,6 +67,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             from pytest_nsbox.plugin.crowd import warn_of_crowd
 
             warn_of_crowd(session.config, session.items)
+        if is_worker(session.config) and is_first_worker(session.config):
+            # this process has no header to say it in
+            for text in _lacking(session.config, session.items):
+                tell(session.config, text)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
@@ -84,15 +89,23 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
         line += f"; PRIVILEGED, without confinement: {', '.join(privileged)}"
     if config.option.collectonly or not on_linux():
         return [line]
-    return [line, f"nsbox: {_host(config)}"]
+    return [line, *_host(config, items)]
 
 
-def _host(config: pytest.Config) -> str:
+def _host(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     """What this host gives and lacks, said before the first test."""
     from pytest_nsbox.errors import NsboxError
     from pytest_nsbox.plugin.boxes import boxes_of
 
+    lacking = _lacking(config, items)  # opens the way out, of which is spoken next
     try:
-        return boxes_of(config).session.describe()
+        found = [boxes_of(config).session.describe(), *lacking]
     except NsboxError as error:
-        return str(error)
+        found = lacking or [str(error)]
+    return [f"nsbox: {text}" for text in found]
+
+
+def _lacking(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    from pytest_nsbox.plugin.foresight import foresee
+
+    return foresee(config, items)

@@ -45,6 +45,8 @@ def pytest_runtest_makereport(
     """Add the state of the test's containers and the end of what ran in them."""
     if not (runs_inside(item) or uses_fixture(item)) or not on_linux():
         return (yield)
+    from pytest_nsbox.plugin.boxes import boxes_of
+    from pytest_nsbox.plugin.crowd import warn_of_sum
     from pytest_nsbox.plugin.report import add_containers, cut_traceback
 
     only_ours = call.excinfo is not None and cut_traceback(item, call.excinfo)
@@ -52,8 +54,10 @@ def pytest_runtest_makereport(
     if only_ours and call.excinfo is not None:
         notes = getattr(call.excinfo.value, "__notes__", [])
         report.longrepr = "\n".join([f"{item.nodeid}: {call.excinfo.value}", *notes])
-    if call.when == "call" and uses_fixture(item):
-        add_containers(item, report)
+    if call.when == "call":
+        warn_of_sum(item.config, boxes_of(item.config).session)
+        if uses_fixture(item):
+            add_containers(item, report)
     return report
 
 

@@ -76,6 +76,7 @@ class Session:
         self._owner = 0
         self._names: set[str] = set()
         self.unreaped: list[Inside] = []  # killed children of this process
+        self._living: dict[str, Container] = {}
         self._networks = 0
         self._layers: LayerCache | None = None
         self._pythons: dict[tuple[str, ...], Brought | str] = {}  # on images; a text: why not
@@ -227,7 +228,8 @@ class Session:
         except BaseException:
             self._names.discard(name)
             raise
-        return Container(self, spec, order, rootfs, brought, reply, fds)
+        self._living[name] = Container(self, spec, order, rootfs, brought, reply, fds)
+        return self._living[name]
 
     def python_on(self, rootfs: Rootfs, more: Sequence[str]) -> Brought | None:
         """What this Python, and the paths `more` with it, takes to be shown on an image; tried
@@ -277,6 +279,12 @@ class Session:
 
     def release_name(self, name: str) -> None:
         self._names.discard(name)
+        self._living.pop(name, None)
+
+    def memory_limits(self) -> list[int]:
+        """Those of the containers there are now, in bytes."""
+        limits = [container.spec.memory for container in self._living.values()]
+        return [limit for limit in limits if limit is not None]
 
     def network(
         self, name: str | None = None, *, subnet: str | None = None, internet: bool = True

@@ -1,0 +1,33 @@
+"""What a run says that is about none of its tests, also from one of pytest-xdist's workers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+_ALONE = {"workercount": 1, "workerid": "gw0"}
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is one of pytest-xdist's; it has no terminal then."""
+    return hasattr(config, "workerinput")
+
+
+def workers(config: pytest.Config) -> int:
+    return int(getattr(config, "workerinput", _ALONE)["workercount"])
+
+
+def is_first_worker(config: pytest.Config) -> bool:
+    """Whether it is this process that says what holds for all."""
+    return bool(getattr(config, "workerinput", _ALONE)["workerid"] == "gw0")
+
+
+def tell(config: pytest.Config, text: str) -> None:
+    """Have it in the summary of warnings, and never as an error."""
+    message = warnings.WarningMessage(
+        pytest.PytestWarning(f"nsbox: {text}"), pytest.PytestWarning, "nsbox", 0
+    )
+    config.hook.pytest_warning_recorded.call_historic(
+        kwargs={"warning_message": message, "when": "collect", "nodeid": "", "location": None}
+    )
