@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pytest_nsbox.errors import NsboxError
@@ -107,12 +108,35 @@ def _doctor(options: argparse.Namespace) -> int:
         check_host()
     from pytest_nsbox.doctor import table
 
-    findings = table.examine()
+    with _book() as (name, record):
+        findings = table.examine(name, record)
     if options.json:
         print(json.dumps(table.as_data(findings), indent=2))
     else:
         print(table.as_text(findings, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     return table.status(findings)
+
+
+@contextlib.contextmanager
+def _book() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """Where the cgroups that are made for a trial are written down, and what they are named after:
+    who is killed over it leaves them to `nsbox gc`."""
+    from pytest_nsbox.launcher import ledger
+
+    try:
+        book = ledger.Ledger(ledger.state_directory())
+    except OSError as error:
+        why = f"what is made cannot be written down: {error}"
+
+        def refuse(path: str) -> None:
+            raise NsboxError(why)
+
+        yield "", refuse
+        return
+    try:
+        yield book.name, lambda path: book.record(ledger.CGROUP, path)
+    finally:
+        book.close()
 
 
 def _gc(options: argparse.Namespace) -> int:

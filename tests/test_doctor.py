@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def test_on_this_host_all_that_tests_need_works(nothing_left: Snapshot) -> None:
     assert time.monotonic() - started < 6  # 0.9 s on an idle machine
     assert status == 0
     assert not [f for f in found.values() if f["needed"] and not f["works"]]
-    for name in ("memory", "pids", "cpu", "cpuset"):
+    for name in ("memory", "swap", "pids", "cpu", "cpuset", "io", "freezer"):
         assert found[f"cgroup {name}"]["works"], found[f"cgroup {name}"]
 
 
@@ -56,6 +57,7 @@ def test_without_sys_admin_it_fails_and_names_the_cure(nothing_left: Snapshot) -
         assert found[name]["needed"]
     assert "unshare CLONE_NEWUSER" in found["namespaces"]["why"]
     assert "max_user_namespaces" in found["user namespaces"]["cure"]
+    assert not any("no answer" in each["why"] for each in found.values())
 
 
 def test_root_without_sys_admin_is_examined_as_a_user(nothing_left: Snapshot) -> None:
@@ -108,6 +110,80 @@ def test_a_dropping_forward_chain_is_found() -> None:
     _, found = examine("unshare", "-n", "sh", "-c", f'nft "{rules}"; exec "$@"', "sh")
     assert not found["forwarding"]["works"]
     assert "t/FORWARD drops what is forwarded" in found["forwarding"]["why"]
+    assert "slirp4netns" in found["forwarding"]["cure"]
+
+
+HANGS = """
+import os, signal, sys
+from pytest_nsbox.cli import main
+from pytest_nsbox.doctor import controllers, table
+from pytest_nsbox.model.limits import Limits
+
+def hang(driver):
+    group = controllers._group(driver, Limits(memory=16 << 20, pids=5, cpuset="0"))
+    read, write = os.pipe()
+    controllers._join(group, lambda: os.write(write, b"1") and signal.pause())
+    os.read(read, 1)
+    group.freeze()
+    if sys.argv[1] == "killed":
+        os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+
+controllers.CONTROLLERS["freezer"] = hang
+# of the others one makes a session, which would sweep what this one leaves
+table.CHECKS = tuple(check for check in table.CHECKS if check.probe is None)
+table.DEADLINE = 3.0
+raise SystemExit(main(["doctor", "--json"]))
+"""
+
+
+def test_a_killed_doctor_leaves_nothing_that_gc_does_not_sweep(nothing_left: Snapshot) -> None:
+    """In the midst of a trial, with a frozen process, which no signal ends."""
+    done = subprocess.run([sys.executable, "-c", HANGS, "killed"], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    gc = [*DOCTOR[:-1], "gc"]
+    checked = subprocess.run([*gc, "--check"], capture_output=True, text=True)
+    assert checked.returncode == 1
+    assert "left: cgroup /sys/fs/cgroup/" in checked.stdout
+    swept = subprocess.run(gc, capture_output=True, text=True, check=True)
+    assert "removed cgroup /sys/fs/cgroup/" in swept.stdout
+    checked = subprocess.run([*gc, "--check"], capture_output=True, text=True)
+    assert "left: " not in checked.stdout
+
+
+def test_a_trial_that_hangs_is_ended_and_leaves_nothing(nothing_left: Snapshot) -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS, "late"], capture_output=True, timeout=60)
+    found = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
+    assert "no answer within" in found["cgroup freezer"]["why"]
+    assert found["cgroup io"]["why"]
+
+
+def test_a_controller_that_does_not_bite_is_missing() -> None:
+    """One that is there and takes every value, as some sandboxes have it."""
+    toothless = """
+from pytest_nsbox.cli import main
+from pytest_nsbox.kernel import cgroup_files as files
+LIMITS = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "pids.max", "cpu.cfs_quota_us",
+    "cpuset.cpus", "blkio.throttle.write_bps_device", "freezer.state")
+write, read = files.write, files.read
+def pretend(path, value):
+    if "/probe-" not in path or not path.endswith(LIMITS):
+        write(path, value)
+files.write = pretend
+files.read = lambda path: "FROZEN\\n" if path.endswith("freezer.state") else read(path)
+raise SystemExit(main(["doctor", "--json"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", toothless], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout, done.stderr
+    found = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
+    for name in ("memory", "swap", "pids", "cpu", "cpuset", "io", "freezer"):
+        assert not found[f"cgroup {name}"]["works"], name
+    for word in ("memory=16M lets", "memory=16M, swap=0 lets", "pids=2 lets", "does not throttle"):
+        assert any(word in each["why"] for each in found.values()), word
+    assert "lets a process write" in found["cgroup io"]["why"]
+    assert "a frozen process goes on" in found["cgroup freezer"]["why"]
 
 
 def test_the_table_is_for_people_and_has_no_color_in_a_pipe() -> None:

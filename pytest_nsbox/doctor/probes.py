@@ -6,7 +6,6 @@ A probe returns a note, or raises what it failed with. It runs in a forked child
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -16,14 +15,12 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pytest_nsbox.kernel import capabilities, cgroup, libc, link, namespaces, nft, seccomp, userns
+from pytest_nsbox.kernel import capabilities, libc, link, namespaces, nft, seccomp, userns
 from pytest_nsbox.kernel.mounts import Mount, Overlay
 from pytest_nsbox.kernel.netlink import Netlink, Request
-from pytest_nsbox.kernel.probe import Lacking, Outcome, in_child, outcome_of
-from pytest_nsbox.model.limits import Limits
+from pytest_nsbox.kernel.probe import Lacking, in_child
 
 _SCRATCH = "/tmp"  # covered by a tmpfs, in a mount namespace of the probe's own
 _PATIENCE = 1.0
@@ -204,6 +201,7 @@ def slirp4netns() -> str | None:
     inside = os.fork()
     if inside == 0:
         try:
+            libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
             enter(libc.CLONE_NEWNET, user=True)
             os.write(wait, b"1")
             signal.pause()
@@ -218,6 +216,7 @@ def slirp4netns() -> str | None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL),
     )
     os.close(tell)
     try:
@@ -240,13 +239,15 @@ def _program(name: str) -> str:
 
 
 def forwarding_policy() -> str | None:
-    """A base chain that drops cannot be overridden by an accept in another table: only looking
-    tells without sending packets through the host."""
+    """A base chain that drops cannot be overridden by an accept in another table. A session sends
+    a packet to see what all rules come to; here the policies are looked at."""
+    if not userns.is_administrator():
+        return "a user does without it"
     dropped = [name for name, policy in nft.forward_chains() if policy == nft.DROP]
     if dropped:
         raise Lacking(f"chain {dropped[0]} drops what is forwarded (Docker sets it so)")
     legacy = shutil.which("iptables-legacy")
-    if legacy and userns.is_administrator():
+    if legacy:
         done = subprocess.run([legacy, "-S", "FORWARD"], capture_output=True, text=True)
         if "-P FORWARD DROP" in done.stdout:
             raise Lacking("iptables-legacy has the policy DROP on FORWARD (Docker sets it so)")
@@ -268,8 +269,10 @@ def subordinate_ids() -> str | None:
             theirs.recv(1)
         finally:
             os._exit(0)
+    theirs.close()
     try:
-        ours.recv(1)
+        if not ours.recv(1):
+            raise Lacking("a user namespace cannot be made")
         for helper, file, own in (
             ("newuidmap", "/etc/subuid", os.getuid()),
             ("newgidmap", "/etc/subgid", os.getgid()),
@@ -295,160 +298,6 @@ def _range(file: str) -> tuple[int, int]:
             if name in names:
                 return int(start), int(count)
     raise Lacking(f"{file} has no range for this user")
-
-
-# ---------------------------------------------------------------------- control groups
-
-
-def control_groups() -> Iterator[Outcome]:
-    """One outcome for each of CONTROLLERS, each by a limit that bites."""
-    try:
-        driver = cgroup.detect(f"doctor-{os.getpid()}")
-    except Exception as error:
-        yield from [Outcome(False, str(error))] * len(CONTROLLERS)
-        return
-    try:
-        for probe in CONTROLLERS.values():
-
-            def run(probe: Callable[[cgroup.Driver], str | None] = probe) -> str | None:
-                try:
-                    return probe(driver) or f"cgroup v{driver.version}"
-                finally:
-                    _clear()
-
-            yield outcome_of(run)
-    finally:
-        driver.close()
-
-
-_groups: list[cgroup.Cgroup] = []
-
-
-def _clear() -> None:
-    while _groups:
-        group = _groups.pop()
-        group.kill()
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.waitpid(-1, 0)
-        group.remove()
-
-
-def _group(driver: cgroup.Driver, limits: Limits, device: str | None = None) -> cgroup.Cgroup:
-    group = driver.create(f"probe-{os.urandom(3).hex()}", limits, device)
-    _groups.append(group)
-    return group
-
-
-def _join(group: cgroup.Cgroup, body: Callable[[], int]) -> int:
-    """Fork a process that runs `body` in the group; returns its pid."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            group.attach(0)
-            status = body()
-        finally:
-            os._exit(status)
-    return pid
-
-
-def _status(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _memory(driver: cgroup.Driver) -> str | None:
-    group = _group(driver, Limits(memory=16 << 20))
-
-    def grow() -> int:
-        rows = bytearray(64 << 20)
-        rows[::4096] = b"1" * len(rows[::4096])
-        return 0
-
-    status = _status(_join(group, grow))
-    if status != -signal.SIGKILL:
-        raise Lacking(f"memory=16M lets a process have 64 MiB (it ended with {status})")
-    return None
-
-
-def _swap(driver: cgroup.Driver) -> str | None:
-    _group(driver, Limits(memory=16 << 20, swap=0))
-    return None
-
-
-def _pids(driver: cgroup.Driver) -> str | None:
-    group = _group(driver, Limits(pids=2))
-
-    def fork() -> int:
-        for _ in range(3):
-            try:
-                if os.fork() == 0:
-                    signal.pause()
-            except BlockingIOError:
-                return 11
-        return 0
-
-    if _status(_join(group, fork)) != errno.EAGAIN:
-        raise Lacking("pids=2 lets a process fork twice")
-    return None
-
-
-def _cpu(driver: cgroup.Driver) -> str | None:
-    group = _group(driver, Limits(cpus=0.1))
-
-    def spin() -> int:
-        end = time.process_time() + 0.03
-        while time.process_time() < end:
-            pass
-        return 0
-
-    _status(_join(group, spin))
-    if not group.stats().throttled:
-        raise Lacking("cpus=0.1 does not throttle")
-    return None
-
-
-def _cpuset(driver: cgroup.Driver) -> str | None:
-    core = min(os.sched_getaffinity(0))
-    group = _group(driver, Limits(cpuset=str(core)))
-    if _status(_join(group, lambda: os.sched_getaffinity(0) != {core})):
-        raise Lacking(f"cpuset={core} lets a process run elsewhere")
-    return None
-
-
-def _io(driver: cgroup.Driver) -> str | None:
-    directory = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~")
-    number = os.stat(directory if os.path.isdir(directory) else "/").st_dev
-    _group(driver, Limits(io={"wbps": 10 << 20}), f"{os.major(number)}:{os.minor(number)}")
-    return None
-
-
-def _freezer(driver: cgroup.Driver) -> str | None:
-    group = _group(driver, Limits())
-    read, write = os.pipe()
-
-    def tell() -> int:
-        os.write(write, b"1")
-        signal.pause()
-        return 0
-
-    pid = _join(group, tell)
-    os.read(read, 1)
-    group.freeze()
-    os.kill(pid, signal.SIGCONT)
-    group.thaw()
-    return None
-
-
-CONTROLLERS: dict[str, Callable[[cgroup.Driver], str | None]] = {
-    "memory": _memory,
-    "swap": _swap,
-    "pids": _pids,
-    "cpu": _cpu,
-    "cpuset": _cpuset,
-    "io": _io,
-    "freezer": _freezer,
-}
 
 
 # ---------------------------------------------------------------------- the rest

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_nsbox.doctor import host, probes
-from pytest_nsbox.kernel import userns
+from pytest_nsbox.doctor import controllers, host, probes
+from pytest_nsbox.errors import NsboxError
+from pytest_nsbox.kernel import cgroup, userns
 from pytest_nsbox.kernel.probe import Outcome, attempt_all, outcome_of
 
 DEADLINE = 10.0  # seconds; all have answered after one, unless the machine is overloaded
@@ -86,7 +87,8 @@ def _delegation() -> str:
 
 
 def _forwarding() -> str:
-    return "pass --nsbox-uplink=pasta as a user, or: iptables -P FORWARD ACCEPT"
+    accept = "iptables -I FORWARD -i nsbox+ -j ACCEPT; iptables -I FORWARD -o nsbox+ -j ACCEPT"
+    return f"{host.install('slirp4netns', host.distribution())} (it is then taken), or: {accept}"
 
 
 def _subids() -> str:
@@ -161,11 +163,25 @@ class Finding:
     needed: bool
 
 
-def examine() -> list[Finding]:
-    """Try everything, at once."""
+def examine(name: str, record: Callable[[str], None]) -> list[Finding]:
+    """Try everything, at once. Cgroups are named after `name`, and `record` is told of each
+    before it is made: a doctor may be killed."""
+    driver, why_not = None, ""
+    paths: list[str] = []
+    try:
+        driver = cgroup.detect(name)
+        for path in driver.session_paths():
+            record(path)
+            paths.append(path)
+    except (NsboxError, OSError) as error:
+        driver, why_not = None, str(error)
     groups = {check.name: _group(check.probe) for check in CHECKS if check.probe}
-    groups["cgroups"] = probes.control_groups
-    told = attempt_all(groups, DEADLINE)
+    groups["cgroups"] = lambda: controllers.control_groups(driver, why_not)
+    try:
+        told = attempt_all(groups, DEADLINE)
+    finally:
+        for path in reversed(paths):  # what a probe that was killed has left
+            cgroup.remove_tree(path)
     who = ROOT if userns.is_administrator() else USER
     cgroups = iter(told["cgroups"])
     late = Outcome(False, f"no answer within {DEADLINE} s")

@@ -80,6 +80,9 @@ def _child(function: Callable[[], Iterator[Outcome]], pipe: int) -> NoReturn:
     try:
         os.setpgid(0, 0)
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+        # a lock (flock(2)) that is held by a descriptor would outlive who is examined for
+        os.closerange(3, pipe)
+        os.closerange(pipe + 1, 1 << 20)
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
