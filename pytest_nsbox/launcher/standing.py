@@ -56,6 +56,8 @@ def take_standing() -> Standing:
         first = _map_subordinates(envoy, ids)
         if not first:
             _map_one(ids)
+        # who enters a container's, to name it, comes back only to one of this user namespace
+        libc.unshare(libc.CLONE_NEWUTS)
     except OSError as error:
         envoy.close()
         raise UnsupportedError(_refused(error)) from error
