@@ -174,6 +174,22 @@ def test_a_directory_of_the_host_that_was_replaced_is_seen_anew(
         assert container.run(["ls", shown]).stdout == "new\n"
 
 
+def test_what_the_host_has_written_since_is_seen(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("changed", "gone", "sub/gone"):
+        (tmp_path / name).write_text("before\n")
+    with session.container(**SPEC, visible=[str(tmp_path)]) as first:
+        waiting = ahead(session, first)
+    for name in ("new", "changed", "sub/new"):
+        (tmp_path / name).write_text("since\n")
+    (tmp_path / "gone").unlink()
+    (tmp_path / "sub/gone").unlink()
+    with session.container(**SPEC, visible=[str(tmp_path)]) as container:
+        assert container.pid in waiting
+        done = container.run("ls -R; cat new changed sub/new", shell=True, cwd=tmp_path)
+        assert done.stdout == ".:\nchanged\nnew\nsub\n\n./sub:\nnew\nsince\nsince\nsince\n"
+
+
 MOUNTS = """
 import subprocess, sys
 from pytest_nsbox import Session
