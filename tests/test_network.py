@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from pytest_nsbox import Container, ContainerDied, WaitError
+from pytest_nsbox import Container, ContainerDied, Session, WaitError
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface
 from pytest_nsbox.model.addressing import Subnet
 
@@ -258,3 +258,17 @@ def test_a_dead_container_refuses_to_connect(nsbox_container: Container) -> None
     nsbox_container.kill()
     with pytest.raises(ContainerDied, match="has been killed"):
         nsbox_container.connect(8000, timeout=1)
+
+
+def test_a_network_made_after_another_was_removed_is_not_mixed_up_with_a_third(
+    nsbox_session: Session,
+) -> None:
+    gone = nsbox_session.network("gone", subnet="10.9.1.0/24")
+    with nsbox_session.network("kept", subnet="10.9.2.0/24") as kept:
+        gone.close()
+        with (
+            nsbox_session.network("new", subnet="10.9.3.0/24") as new,
+            nsbox_session.container(networks=[kept]) as a,
+            nsbox_session.container(networks=[new]) as b,
+        ):
+            assert (a.ip, b.ip) == ("10.9.2.2", "10.9.3.2")
