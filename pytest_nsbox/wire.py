@@ -13,6 +13,7 @@ import json
 import os
 import select
 import socket
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ _PACKET = 32 << 10
 _LARGEST = 16 << 20
 _MOST_FDS = 253  # SCM_MAX_FD: with more, sending fails (EINVAL)
 _IN_MEMFD = b"*"
+_INT = struct.Struct("=i")
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -55,9 +57,16 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
 
     Raises ValueError for what is no message: the other end is not to be trusted with more.
     """
-    payload, fds, found, _ = socket.recv_fds(
-        sock, _PACKET, _MOST_FDS, flags | socket.MSG_CMSG_CLOEXEC
+    # not recv_fds, which does not pass the flags on (up to Python 3.14 at least)
+    payload, beside, found, _ = sock.recvmsg(
+        _PACKET, socket.CMSG_LEN(_MOST_FDS * _INT.size), flags | socket.MSG_CMSG_CLOEXEC
     )
+    fds = [
+        fd
+        for level, kind, data in beside
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (fd,) in _INT.iter_unpack(data[: len(data) - len(data) % _INT.size])
+    ]
     if not payload:
         return None
     try:

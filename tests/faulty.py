@@ -1,8 +1,9 @@
-"""A launcher in which the k-th step of building or taking down fails: python -m tests.faulty.
+"""A launcher in which the k-th step fails: python -m tests.faulty.
 
-The production code has no such thing in it: every step goes through a few functions, which are
-replaced here before the launcher starts. Who is to fail is read from shared memory, so that one
-session goes through all steps, in the launcher and in the inits that it has forked.
+The production code has no such thing in it. Every step goes through a few functions, which are
+replaced here before the launcher starts: system calls, files of control groups, netlink, the
+ledger, and the steps of a plan. Who is to fail is read from shared memory, so that one session goes
+through all steps, in the launcher, in the zygote and in the inits that it forks.
 """
 
 from __future__ import annotations
@@ -14,57 +15,174 @@ import runpy
 import struct
 import sys
 from collections.abc import Callable, Iterable
+from errno import (
+    EACCES,
+    EAGAIN,
+    EBUSY,
+    EDQUOT,
+    EEXIST,
+    EINVAL,
+    EIO,
+    EMFILE,
+    ENFILE,
+    ENOBUFS,
+    ENODEV,
+    ENOMEM,
+    ENOSPC,
+    EPERM,
+    EROFS,
+)
 from typing import Any
 
-LAYOUT = struct.Struct("=5i")  # who, k, errno, steps so far, whether it has failed
-LAUNCHER, INIT = 0, 1
+HEAD = struct.Struct("=5i")  # who, k, errno, steps so far, whether it has failed
+LAUNCHER, ZYGOTE, INIT = 1, 2, 3
+WHO = {LAUNCHER: "launcher", ZYGOTE: "zygote", INIT: "init"}
 FILE = "NSBOX_FAULT"
 
+_NEW_DESCRIPTOR = (EMFILE, ENFILE, ENOMEM)
 
-def plan(path: str) -> mmap.mmap:
-    """The shared memory, made when it is not there."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.ftruncate(fd, mmap.PAGESIZE)
-        return mmap.mmap(fd, mmap.PAGESIZE)
-    finally:
-        os.close(fd)
+# What each may fail with by its man page. EINTR is not among them: where one of these calls knows
+# it, Python repeats the call (PEP 475).
+PLAUSIBLE: dict[str, tuple[int, ...]] = {
+    "open": (EACCES, EMFILE, ENFILE, ENOMEM),
+    "dup": _NEW_DESCRIPTOR,
+    "pipe": _NEW_DESCRIPTOR,
+    "pidfd_open": _NEW_DESCRIPTOR,
+    "socketpair": _NEW_DESCRIPTOR,
+    "netlink socket": (EPERM, *_NEW_DESCRIPTOR),
+    "eventfd": _NEW_DESCRIPTOR,
+    "fork": (EAGAIN, ENOMEM),
+    "mkdir": (EACCES, ENOSPC, EROFS, ENOMEM),
+    "rmdir": (EACCES, EBUSY),
+    "unlink": (EACCES, EIO),
+    "write": (EPERM, EACCES, EBUSY, EINVAL, ENOMEM),
+    "sysctl": (EACCES, EPERM, EINVAL),
+    "netlink send": (EPERM, EEXIST, EBUSY, ENOBUFS, ENOMEM),
+    "record": (ENOSPC, EDQUOT, EIO, EROFS),
+    "unshare": (EPERM, ENOSPC, ENOMEM),
+    "setns": (EPERM, EINVAL, ENOMEM),
+    "sethostname": (EPERM,),
+    "mount": (EPERM, EACCES, EBUSY, EINVAL, ENODEV, ENOMEM, ENOSPC),
+    "umount2": (EPERM, EBUSY, EINVAL),
+    "pivot_root": (EPERM, EBUSY, EINVAL),
+    "open_tree": (EPERM, EINVAL, *_NEW_DESCRIPTOR),
+    "make_read_only": (EPERM, EINVAL),
+    "prctl": (EPERM, EINVAL),
+    "capset": (EPERM,),
+    "seccomp_set_filter": (EACCES, EINVAL, ENOMEM),
+    "plan": (EACCES, ENOSPC, EIO),
+}
+
+
+class Plan:
+    """The shared memory: who is to fail at which step, and what that step was."""
+
+    def __init__(self, path: str) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(fd, mmap.PAGESIZE)
+            self._memory = mmap.mmap(fd, mmap.PAGESIZE)
+        finally:
+            os.close(fd)
+
+    def arm(self, who: int, k: int, choose: int) -> None:
+        """Fail the k-th step of `who`, by the `choose`-th of what is plausible for it."""
+        self._memory[HEAD.size :] = bytes(mmap.PAGESIZE - HEAD.size)
+        HEAD.pack_into(self._memory, 0, who, k, choose, 0, 0)
+
+    def disarm(self) -> tuple[int, str, str] | None:
+        """The errno, the kind and the object of the step that has failed; None when it has not
+        come to that."""
+        _, _, _, steps, failed = HEAD.unpack_from(self._memory)
+        HEAD.pack_into(self._memory, 0, 0, 0, 0, steps, 0)
+        if not failed:
+            return None
+        kind, _, what = self._memory[HEAD.size :].rstrip(b"\0").decode().partition("\0")
+        return failed, kind, what
+
+    @property
+    def steps(self) -> int:
+        """How many there have been since it was armed, also after it was disarmed."""
+        return int(HEAD.unpack_from(self._memory)[3])
+
+    def step(self, who: Callable[[], int], kind: str, what: str) -> None:
+        armed, k, choose, steps, failed = HEAD.unpack_from(self._memory)
+        if not armed or armed != who():
+            return
+        steps += 1
+        if steps == k:
+            errnos = PLAUSIBLE[kind]
+            failed = errnos[choose % len(errnos)]
+            text = f"{kind}\0{what}".encode()[: mmap.PAGESIZE - HEAD.size]
+            self._memory[HEAD.size : HEAD.size + len(text)] = text
+        HEAD.pack_into(self._memory, 0, armed, k, choose, steps, failed)
+        if steps == k:
+            raise _error(failed, kind, what)
+
+
+def _error(number: int, kind: str, what: str) -> OSError:
+    """As the real one raises it: Python names a file apart, our own wrappers in the text."""
+    if kind in ("open", "mkdir", "rmdir", "unlink") and what:
+        return OSError(number, os.strerror(number), what)
+    return OSError(number, f"{kind} {what}: {os.strerror(number)}" if what else os.strerror(number))
 
 
 def main() -> None:
-    from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
+    from pytest_nsbox import wire
+    from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink, sysctl
     from pytest_nsbox.launcher import ledger, zygote
 
+    # or one more would go through the steps, at its own time
     zygote.Zygote.may_fork_ahead = lambda self: False  # type: ignore[method-assign]
+    shared, launcher = Plan(os.environ[FILE]), os.getpid()
+    inits: set[int] = set()
 
-    shared, launcher = plan(os.environ[FILE]), os.getpid()
+    def who() -> int:
+        pid = os.getpid()
+        return LAUNCHER if pid == launcher else INIT if pid in inits else ZYGOTE
 
-    def step(what: str) -> None:
-        who, k, errno, steps, failed = LAYOUT.unpack_from(shared)
-        if k and who == (LAUNCHER if os.getpid() == launcher else INIT):
-            steps += 1
-            LAYOUT.pack_into(shared, 0, who, k, errno, steps, failed or steps == k)
-            if steps == k:
-                raise OSError(errno, f"{what}: {os.strerror(errno)}")
-
-    def before(owner: Any, name: str, kind: str) -> None:
+    def before(
+        owner: Any, name: str, kind: str, what: Callable[..., object] = lambda *args: ""
+    ) -> None:
         real = getattr(owner, name)
 
         @functools.wraps(real)
         def wrapped(*args: Any, **options: Any) -> Any:
-            step(f"{kind} {args[1] if len(args) > 1 and isinstance(args[1], str) else args[:1]}")
+            shared.step(who, kind, str(what(*args)))
             return real(*args, **options)
 
         setattr(owner, name, wrapped)
 
-    for name in ("mkdir", "write", "rmdir"):
-        before(cgroup_files, name, name)
-    for name in ("unshare", "sethostname"):
+    def first(*args: Any) -> object:
+        return args[0] if isinstance(args[0], (str, os.PathLike)) else ""
+
+    def second(*args: Any) -> object:
+        return args[1]
+
+    for name in ("open", "mkdir", "rmdir", "unlink"):
+        before(os, name, name, first)
+    for name in ("dup", "pidfd_open", "fork"):
+        before(os, name, name)
+    before(os, "pipe2", "pipe")
+    before(wire, "pair", "socketpair")
+    before(netlink.Netlink, "__init__", "netlink socket")
+    before(cgroup_files, "write", "write", first)
+    before(sysctl, "write", "sysctl", first)
+    for name in ("eventfd", "unshare", "setns", "prctl", "capset", "seccomp_set_filter"):
         before(libc, name, name)
-    before(netlink.Netlink, "send", "netlink send")
-    before(ledger.Ledger, "record", "record")
-    before(zygote.Zygote, "fork_init", "fork")
-    run = mounts.run
+    for name in ("sethostname", "umount2", "pivot_root", "open_tree", "make_read_only"):
+        before(libc, name, name, first)
+    before(libc, "mount", "mount", second)
+    before(ledger.Ledger, "record", "record", lambda *args: args[2])
+    real_send = netlink.Netlink.send
+
+    def send(self: netlink.Netlink, requests: Iterable[netlink.Request]) -> None:
+        requests = list(requests)
+        shared.step(who, "netlink send", requests[0].describe() if requests else "")
+        real_send(self, requests)
+
+    netlink.Netlink.send = send  # type: ignore[method-assign]
+    real_run, real_init = mounts.run, zygote.run_init
 
     class Failing:
         def __init__(self, real: mounts.Step) -> None:
@@ -72,13 +190,18 @@ def main() -> None:
             self.real = real
 
         def do(self) -> None:
-            step(self.describe())
+            shared.step(who, "plan", self.describe())
             self.real.do()
 
-    def run_failing(steps: Iterable[mounts.Step]) -> None:
-        run(Failing(each) for each in steps)
+    def run(steps: Iterable[mounts.Step]) -> None:
+        real_run(Failing(each) for each in steps)
 
-    mounts.run = run_failing
+    def run_init(*args: Any) -> None:
+        inits.add(os.getpid())
+        real_init(*args)
+
+    mounts.run = run
+    zygote.run_init = run_init  # type: ignore[assignment]
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
 
 

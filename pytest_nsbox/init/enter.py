@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from pytest_nsbox.init.confine import Confinement, confinement
-from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel import libc, processes
 from pytest_nsbox.kernel.namespaces import FLAGS, open_namespace
 
 
@@ -60,8 +59,17 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
             prefer(ticket.libraries)
             return inner()
 
-    if ticket.rootless:
-        return _fork_by_a_middleman(ticket, lambda: _child(ticket, confined, body, cwd))
+    with processes.own_pidfd() as parent:
+
+        def child() -> NoReturn:
+            _child(ticket, confined, body, cwd, parent)
+
+        if ticket.rootless:
+            return _fork_by_a_middleman(ticket, child)
+        return _fork_directly(ticket, child)
+
+
+def _fork_directly(ticket: Ticket, child: Callable[[], NoReturn]) -> int:
     with _children_in(ticket.pidfd) as own:
         with warnings.catch_warnings():
             # of threads, which do not come along: what the child does is the test's own business
@@ -69,16 +77,20 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
             pid = os.fork()
         if pid == 0:
             os.close(own)
-            _child(ticket, confined, body, cwd)
+            child()
     return pid
 
 
 def _child(
-    ticket: Ticket, confined: Confinement | None, body: Callable[[], int], cwd: str | None
+    ticket: Ticket,
+    confined: Confinement | None,
+    body: Callable[[], int],
+    cwd: str | None,
+    parent: int,
 ) -> NoReturn:
     status = 127
     try:
-        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+        processes.die_with(parent)
         for fd in ticket.cgroup_procs:
             os.write(fd, b"0")
         kinds = ["mnt", "ipc", "uts", "cgroup"]
@@ -93,7 +105,8 @@ def _child(
             os.chdir(cwd or "/")
         if confined is not None:
             confined.apply()
-        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of credentials clears it
+        processes.die_with(parent)  # again: a change of credentials clears it
+        os.close(parent)
         status = body()
     except BaseException:
         traceback.print_exc()  # the parent can only see that no result has come

@@ -195,7 +195,7 @@ class CgroupV1:
                 raise
             raise UnsupportedError(
                 f"cpus={cpus:g}: the cgroup that this runs in is itself limited to less; "
-                "ask for less, or raise its limit"
+                f"ask for less, or raise its limit ({error.strerror})"
             ) from error
 
     def stats(self) -> Stats:
@@ -300,7 +300,13 @@ class CgroupV1:
         if self._oom_event >= 0:
             os.close(self._oom_event)
             self._oom_event = -1
-        while self._paths:
-            files.rmdir(self._paths[-1], files.PATIENCE if patient else 0)
-            self._paths.pop()
+        first: OSError | None = None
+        for path in reversed(self._paths):
+            try:
+                files.rmdir(path, files.PATIENCE if patient and first is None else 0)
+                self._paths.remove(path)
+            except OSError as error:
+                first = first or error
+        if first is not None:
+            raise first
         self._of.clear()

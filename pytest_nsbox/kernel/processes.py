@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from pytest_nsbox.kernel import libc
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,29 @@ def variables(pid: int) -> list[str]:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
         return file.read().decode(errors="replace").split("\0")
     return []
+
+
+@contextlib.contextmanager
+def own_pidfd() -> Iterator[int]:
+    """What a child forked within tells by whether its parent lives (`die_with`)."""
+    fd = os.pidfd_open(os.getpid())
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the parent ends (prctl(2), PR_SET_PDEATHSIG), and now where it has ended.
+
+    `parent` is its pidfd from before the fork: from another PID namespace its number cannot be
+    seen (getppid(2)).
+    """
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(parent, select.POLLIN)
+    if poll.poll(0):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def below_init(init: int) -> list[tuple[int, str]]:

@@ -300,13 +300,15 @@ def _inside_requests(container: Container) -> list[Request]:
 
 def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> None:
     """Have PID 1 forked, or one that was forked ahead begin."""
-    ours, launcher_end = wire.pair()
-    container.line, init_end = wire.pair()
-    container.init = ours
-    container.undo.push("close init's socket", ours.close)
-    container.undo.push("close the session's line", container.line.close)
     with contextlib.ExitStack() as opened:
-        fds = [opened.enter_context(end).fileno() for end in (launcher_end, init_end)]
+        ours, launcher_end = wire.pair()
+        opened.enter_context(launcher_end)
+        container.init = ours
+        container.undo.push("close init's socket", ours.close)
+        container.line, init_end = wire.pair()
+        opened.enter_context(init_end)
+        container.undo.push("close the session's line", container.line.close)
+        fds = [launcher_end.fileno(), init_end.fileno()]
         if container.cgroup is not None:
             for path in container.cgroup.procs_files():
                 fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
@@ -315,6 +317,9 @@ def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> None:
             container.pid, container.pidfd = zygote.fork_init(plan, fds)
         except ContainerDied:
             raise SetupError("the process that inits are forked from has ended") from None
+        except SetupError:
+            _raise_last_word(container)  # it may have failed before it could be got hold of
+            raise
     container.alive = True
     container.undo.push("close pidfd", lambda: os.close(container.pidfd))
     container.undo.push("reap init", container.reap)
@@ -380,6 +385,17 @@ def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
     if message.get("op") != what:
         raise OSError(71, f"init says {message!r} instead of {what!r}")
     return message, fds
+
+
+def _raise_last_word(container: Container) -> None:
+    """Raise what init has failed with, if it has said so and ended."""
+    assert container.init is not None
+    with contextlib.suppress(BlockingIOError, ConnectionResetError, ValueError):
+        while received := wire.receive(container.init, flags=socket.MSG_DONTWAIT):
+            message, fds = received
+            wire.close_all(fds)
+            if "error" in message:
+                raise _init_failed(container.order, message["error"])
 
 
 def _init_failed(order: Order, error: wire.Message) -> NsboxError:

@@ -26,7 +26,6 @@ from pytest_nsbox.launcher.undo import Undo
 # shared address space (RFC 6598), a /30 per session: no home or office network uses it
 _TRANSIT = ipaddress.IPv4Network("100.64.0.0/10")
 _SIOCGIFNAME, _SIOCGIFMTU = 0x8910, 0x8921
-_HUB_INDEX = 2
 
 
 class Host:
@@ -84,7 +83,6 @@ class Uplink:
                     0,
                     name,
                     peer=UPLINK,
-                    peer_index=_HUB_INDEX,
                     peer_netns=hub.netns,
                     mtu=host.mtu(),
                 )
@@ -94,14 +92,16 @@ class Uplink:
         self._undo.push(
             f"ip link del {name}", lambda: host.netlink.send([link.delete(index, name)])
         )
+        # the kernel heeds a wish for the peer's index only beside one for this end's (veth_newlink)
+        in_hub = link.index_of(hub.netlink, UPLINK)
         ours, theirs = _free_addresses(host, index)
         self.address = theirs
         host.netlink.send([link.add_address(index, name, ours, 30)])
         hub.netlink.send(
             [
-                link.add_address(_HUB_INDEX, UPLINK, theirs, 30),
-                link.up(_HUB_INDEX, UPLINK),
-                link.add_default_route(ours, _HUB_INDEX),
+                link.add_address(in_hub, UPLINK, theirs, 30),
+                link.up(in_hub, UPLINK),
+                link.add_default_route(ours, in_hub),
             ]
         )
         self._masquerade_in_hub()

@@ -19,7 +19,7 @@ from typing import NoReturn
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError, UnsupportedError
 from pytest_nsbox.init.setup import InitPlan, await_plan, run_init
-from pytest_nsbox.kernel import libc, namespaces, userns
+from pytest_nsbox.kernel import libc, namespaces, processes, userns
 from pytest_nsbox.kernel.mounts import MountWatch
 
 
@@ -170,18 +170,19 @@ def _live(launcher: socket.socket) -> None:
 
 
 def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-            libc.set_process_name("nsbox-port")
-            close_all_but(fds)
-            from pytest_nsbox.launcher.forwarder import forward_to_loopback  # not for each init
+    with processes.own_pidfd() as zygote:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                processes.die_with(zygote)
+                libc.set_process_name("nsbox-port")
+                close_all_but(fds)
+                from pytest_nsbox.launcher.forwarder import forward_to_loopback  # not for each init
 
-            gc.enable()
-            forward_to_loopback(fds[0], port, fds[1] if fds[1:] else None, network)
-        finally:
-            os._exit(1)
+                gc.enable()
+                forward_to_loopback(fds[0], port, fds[1] if fds[1:] else None, network)
+            finally:
+                os._exit(1)
     return pid
 
 
@@ -213,8 +214,17 @@ def _in_new_namespaces(uptime: float | None, init: Callable[[], NoReturn]) -> in
         for kind in ("pid",) if uptime is None else ("pid", "time"):
             own = namespaces.open_namespace(kind)
             stack.callback(os.close, own)
-            stack.callback(libc.setns, own, namespaces.FLAGS[kind])
+            stack.callback(_return, own, namespaces.FLAGS[kind])
         return _fork_into_new(uptime, init)
+
+
+def _return(own: int, flag: int) -> None:
+    """To the namespace that it forks from. Without that there are no more containers, so what a
+    kernel short of memory refuses is tried again."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            return libc.setns(own, flag)
+    return libc.setns(own, flag)
 
 
 def _fork_into_new(uptime: float | None, init: Callable[[], NoReturn]) -> int:

@@ -1,249 +1,49 @@
-"""Kill sessions at random moments and look at what is left.
+"""Try by force whether anything stays behind, and print the figures.
 
-    .venv/bin/python -m tests.chaos [--kills N] [--seed N] [--plant cgroup|layer|process]
+    .venv/bin/python -m tests.chaos [--kills N] [--faults all|N] [--containers N] [--seed N]
+                                    [--plant cgroup|layer|process]
 
-Run as root. Victims are short sessions without pytest and runs of pytest, a few side by side. Each
-batch is killed in one way; then the machine must be as it was within the grace of 2 s or, where
-the launcher was killed too, after the sweep that the next session begins with. `--plant` leaks on
-purpose. The exit status is 1 when anything was left.
+Run as root, on a machine that does nothing else meanwhile. Sessions are killed at random moments;
+every step of a session is made to fail, with `--faults N` so many of each part; and many containers
+are used one after the other. 0 leaves one of these out. `--plant` leaks on purpose: that has to be
+found. The exit status is 1 when anything was left.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from pathlib import Path
 
-from pytest_nsbox.kernel import processes
-from pytest_nsbox.launcher import ledger
-from tests.audit import GRACE, take
-
-HERE = Path(__file__).parent
-MEMORY = Path("/sys/fs/cgroup/memory")
-LIFE = 2.5  # seconds; the moment of a kill is drawn from these
-LATE = 20.0  # seconds after which what is there has been left behind
-PATIENCE = 90.0  # seconds by which a victim must have ended
-BATCH = 4
-
-# whether the launcher survives, and so has to have taken all down by itself
-KINDS = {
-    "SIGKILL pytest": True,
-    "SIGKILL launcher": False,
-    "SIGKILL init": True,
-    "SIGKILL zygote": True,
-    "SIGKILL janitor": False,
-    "SIGKILL pytest, launcher": False,
-    "SIGTERM": True,
-    "SIGINT twice": True,
-    "SIGHUP": True,
-    "SIGSTOP, SIGKILL": True,
-    "os._exit": True,
-    "segfault": True,
-    "out of memory": False,
-    "SIGKILL xdist worker": True,
-}
-SIGNALS = {
-    "SIGKILL pytest": signal.SIGKILL,
-    "SIGTERM": signal.SIGTERM,
-    "SIGHUP": signal.SIGHUP,
-}
-
-
-class Victim:
-    """One session, and how it is going to end."""
-
-    def __init__(self, kind: str, dice: random.Random, plant: str | None, stack: ExitStack) -> None:
-        self.kind = kind
-        self.dice = dice
-        self.delay = dice.uniform(0, LIFE)
-        self.killed = False
-        if plant:  # it has to have had the time
-            self.delay = 2 * LIFE
-        in_pytest = kind == "SIGKILL xdist worker" or (
-            not plant
-            and kind in (*SIGNALS, "SIGINT twice", "SIGSTOP, SIGKILL")
-            and dice.random() < 0.3
-        )
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
-        command = [sys.executable, "-m", "tests.chaos.victim", kind, str(self.delay)]
-        if in_pytest:
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            command += [f"--basetemp={directory}/tmp", str(HERE / "suite.py")]
-            command += ["-p", "xdist", "-n2"] * (kind == "SIGKILL xdist worker")
-        env = dict(os.environ)
-        if plant:
-            env["NSBOX_CHAOS_PLANT"] = plant
-        if kind == "out of memory":
-            self.group = MEMORY / f"chaos-{os.getpid()}-{dice.randrange(1 << 32):x}"
-            self.group.mkdir()
-            stack.callback(self.group.rmdir)
-            (self.group / "memory.limit_in_bytes").write_text("400M")
-            command = ["sh", "-c", f'echo 0 > {self.group}/tasks; exec "$@"', "sh", *command]
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.at = time.monotonic() + self.delay
-
-    def end(self) -> None:
-        """Wait for the moment, and do it."""
-        with suppress(subprocess.TimeoutExpired, ProcessLookupError):
-            if self.kind in ("os._exit", "segfault", "out of memory"):
-                self.killed = self.process.wait(PATIENCE) != 0
-                return
-            self.process.wait(max(self.at - time.monotonic(), 0.001))
-        if self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                self._kill()
-
-    def _kill(self) -> None:
-        pid = self.process.pid
-        if self.kind in SIGNALS:
-            self._send(pid, SIGNALS[self.kind])
-        elif self.kind == "SIGINT twice":
-            self._send(pid, signal.SIGINT)
-            self._pause(0.3)
-            self._send(pid, signal.SIGINT)
-        elif self.kind == "SIGSTOP, SIGKILL":
-            self._send(pid, signal.SIGSTOP)
-            self._pause(0.2)
-            self._send(pid, signal.SIGKILL)
-        elif self.kind == "SIGKILL pytest, launcher":
-            both = [pid, *self._find("launcher")]
-            self.dice.shuffle(both)
-            for each in both:
-                self._send(each, signal.SIGKILL)
-        else:
-            who = self.kind.split()[-1]
-            while not (found := self._find(who)):
-                self._pause(0.02)
-                if self.process.poll() is not None:
-                    return
-            self._send(self.dice.choice(found), signal.SIGKILL)
-
-    def _send(self, pid: int, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-            self.killed = True
-
-    def _pause(self, most: float) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(self.dice.uniform(0, most) or 0.001)
-
-    def _find(self, who: str) -> list[int]:
-        """The launcher, init, zygote, janitor or xdist worker among what descends from it."""
-        below, found = {self.process.pid}, []
-        everybody = sorted(processes.all_of_them(), key=lambda process: process.start)
-        for process in everybody:
-            if process.parent not in below:
-                continue
-            below.add(process.pid)
-            with suppress(OSError):
-                command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-                ours = process.name.startswith("nsbox-")
-                is_launcher = b"pytest_nsbox.launcher" in command and not ours
-                is_worker = b"exec(eval(" in command
-                if process.name == f"nsbox-{who}" or {
-                    "launcher": is_launcher,
-                    "worker": is_worker,
-                }.get(who, False):
-                    found.append(process.pid)
-        return found
-
-    def wait(self) -> bool:
-        """False when it has to be killed, since it goes on."""
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return False
-        return True
+from tests.chaos import faults, kills, long
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=1000, metavar="N")
+    parser.add_argument("--faults", default="all", metavar="all|N")
+    parser.add_argument("--containers", type=int, default=2000, metavar="N")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--plant", choices=("cgroup", "layer", "process"))
     options = parser.parse_args()
-    dice = random.Random(options.seed)
-    kinds = [kind for kind in KINDS if kind != "out of memory" or MEMORY.is_dir()]
-    kills, swept, late, leaks = (dict.fromkeys(kinds, 0) for _ in range(4))
-    os.environ["PYTHONPATH"] = str(HERE.parent.parent)
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    os.environ["PYTEST_PLUGINS"] = "pytest_nsbox.plugin"
-    before = take()
-    while sum(kills.values()) < options.kills:
-        for kind in kinds:
-            missing = options.kills - sum(kills.values())
-            with ExitStack() as stack:
-                size = min(BATCH, missing)
-                batch = [Victim(kind, dice, options.plant, stack) for _ in range(size)]
-                for victim in sorted(batch, key=lambda each: each.at):
-                    victim.end()
-                hung = sum(not victim.wait() for victim in batch)
-                kills[kind] += sum(victim.killed for victim in batch)
-                left = _left(before, GRACE)
-                if left:
-                    removed = ledger.sweep(ledger.state_directory())
-                    swept[kind] += bool(removed)
-                    if not KINDS[kind] or options.plant:
-                        left = _left(before, GRACE)
-                if left and not options.plant:  # a busy machine needs longer than an idle one
-                    late[kind] += not (left := _left(before, LATE))
-                if left or hung:
-                    leaks[kind] += 1
-                    print(f"LEFT by {kind}, seed {options.seed}, {hung} hung:", *left, sep="\n  ")
-                    if options.plant:
-                        _clear(left)
-                    before = take()
-            if sum(kills.values()) >= options.kills:
-                break
-    print(*_table(kills, swept, late, leaks), sep="\n", flush=True)
-    return 1 if sum(leaks.values()) else 0
-
-
-def _left(before: object, grace: float) -> list[str]:
-    try:
-        before.must_equal_soon(grace)  # type: ignore[attr-defined]
-    except AssertionError as error:
-        return str(error).splitlines()[1:]
-    return []
-
-
-def _clear(left: list[str]) -> None:
-    """Remove what has been planted."""
-    for line in left:
-        kind, _, what = line.partition(": + ")
-        if kind == "processes":
-            os.kill(int(what.split()[0]), signal.SIGKILL)
-        elif kind == "cgroups":
-            os.rmdir(what)
-        elif kind == "files" and what.endswith("-planted"):
-            shutil.rmtree(what)
-
-
-def _table(*columns: dict[str, int]) -> Iterator[str]:
-    """Kills are counted one by one, the other columns by the batch."""
-    row = "{:26} {:>6} {:>6} {:>11} {:>12}".format
-    yield row("killed by", "kills", "swept", "late > 2 s", "left behind")
-    for kind in columns[0]:
-        yield row(kind, *(column[kind] for column in columns))
-    yield row("all", *(sum(column.values()) for column in columns))
+    wrong = 0
+    if options.kills:
+        killed = kills.go_through(options.kills, random.Random(options.seed), options.plant)
+        print(*killed.table(), f"seed {options.seed}", "", sep="\n", flush=True)
+        wrong += sum(killed.leaks.values())
+    if options.faults != "0":
+        tally = faults.Tally()
+        sample = None if options.faults == "all" else int(options.faults)
+        for stage in faults.STAGES:
+            tell = lambda line: print("WRONG", line, flush=True)  # noqa: E731
+            faults.go_through(stage, tally, sample=sample, seed=options.seed, tell=tell)
+        print(*tally.table(), "", sep="\n", flush=True)
+        wrong += sum(map(len, tally.wrong.values()))
+    if options.containers:
+        table, flat = long.go_through(options.containers)
+        print(*table, sep="\n", flush=True)
+        wrong += not flat
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

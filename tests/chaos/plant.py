@@ -26,6 +26,8 @@ def main() -> None:
             os.makedirs(f"{value}-planted", exist_ok=True)
         elif kind == "cgroup":
             os.makedirs(str(value), exist_ok=True)
+        if made == kind or getattr(self, "planted", False):
+            open(os.environ["NSBOX_CHAOS_PLANTED"], "w").close()
 
     Ledger.record = forget  # type: ignore[method-assign]
     sys.argv[0] = "pytest_nsbox.launcher"
