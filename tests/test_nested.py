@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.audit import Snapshot
-from tests.nested import ENVIRONMENTS, FEATURES, head, try_in
+from tests.nested import ENVIRONMENTS, FEATURES, HEAD_V2, ON_V2, head, try_in
 
 PAGE = (Path(__file__).parent.parent / "docs/where-it-runs.md").read_text()
 CURES = {
@@ -32,11 +32,18 @@ def test_the_table_has_a_row_for_each_environment_and_no_other() -> None:
     assert re.findall(r"^\| (.*?) \|", table, re.M) == list(ENVIRONMENTS)
 
 
+def test_the_table_of_cgroup_v2_has_the_rows_that_ci_v2_tries() -> None:
+    assert "\n".join(head(HEAD_V2)) in PAGE
+    table = PAGE.split("\n".join(head(HEAD_V2)))[1].split("\n\n")[0]
+    rows = [name for environments in ON_V2.values() for name in environments]
+    assert sorted(re.findall(r"^\| (.*?) \|", table, re.M)) == sorted(rows)
+
+
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_what_works_in_it_is_what_the_table_says(
     name: str, place: Path, nothing_left: Snapshot
 ) -> None:
-    row = try_in(name, place)
+    row = try_in(ENVIRONMENTS[name], place)
     assert row.text(name) in PAGE, row.output
     assert "pytest_nsbox/" not in row.output, row.output
     if "works" not in row.cells.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import time
@@ -30,7 +31,8 @@ class Place:
     base: str  # the cgroup that holds them
     top: str  # the highest one in which we may hand controllers down to it
     offered: frozenset[str]  # the controllers that may be handed down
-    crowded: bool  # the base's own processes must be moved out first
+    crowded: bool  # the base's own processes must be moved out first, unless they have been
+    shared: bool  # the base is a container's own root, which other sessions divide as well
 
 
 class DriverV2:
@@ -39,9 +41,9 @@ class DriverV2:
     def __init__(self, name: str, place: Place) -> None:
         self.path = f"{place.base}/{name}"
         self._place = place
-        self._crowded = place.crowded
         self._enabled: set[str] = set()
         self._made = False
+        self._lock = -1  # on the base, as long as it must stay divided for us
 
     def describe(self) -> str:
         available = self.available()
@@ -84,7 +86,7 @@ class DriverV2:
         self._check(limits)
         if self._made and wanted <= self._enabled:
             return
-        if self._crowded:
+        if self._place.crowded and not self._made:
             self._make_room()
         for directory in self._chain():
             _hand_down(directory, wanted)
@@ -112,16 +114,37 @@ class DriverV2:
 
     def _make_room(self) -> None:
         """Move all processes of a container's own root cgroup, us among them, to a leaf."""
-        leaf = f"{self._place.base}/{_LEAF}"
-        files.mkdir(leaf, exist_ok=True)
-        files.move_all(self._place.base, leaf, leave=True)
-        self._crowded = False
+        base = self._place.base
+        if self._place.shared:
+            self._lock = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        if files.pids(base):
+            files.mkdir(f"{base}/{_LEAF}", exist_ok=True)
+            files.move_all(base, f"{base}/{_LEAF}", leave=True)
+
+    def _give_room_back(self) -> None:
+        """Undo that, when no other session and nobody else needs it."""
+        base, leaf = self._place.base, f"{self._place.base}/{_LEAF}"
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if files.children(base) != [leaf]:
+            return
+        control = base + "/cgroup.subtree_control"
+        if controllers := files.read(control).split():
+            files.write(control, " ".join(f"-{name}" for name in controllers))
+        files.move_all(leaf, base, leave=True)
+        files.rmdir(leaf)
 
     def close(self) -> None:
         if self._made:
             files.rmdir(self.path)
             self._made = False
             self._enabled.clear()
+        if self._lock >= 0:
+            # another session's lock, or a process that cannot be moved: it stays for the next
+            with contextlib.suppress(OSError):
+                self._give_room_back()
+            os.close(self._lock)
+            self._lock = -1
 
 
 def _hand_down(directory: str, controllers: set[str]) -> None:
@@ -140,7 +163,9 @@ def place(mount: str, own: str) -> Place:
     while top != mount and _may_hold_cgroups(os.path.dirname(top)):
         top = os.path.dirname(top)
     offered = frozenset(files.read(top + "/cgroup.controllers").split())
-    return Place(base, top, offered, crowded)
+    is_real_root = not os.path.exists(base + "/cgroup.type")
+    shared = base == mount and not is_real_root
+    return Place(base, top, offered, crowded or shared, shared)
 
 
 def _choose_base(mount: str, own: str) -> tuple[str, bool]:
