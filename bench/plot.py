@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-_WIDTH, _ROW, _LABELS, _VALUES = 760, 26, 250, 150
+_WIDTH, _ROW, _LABELS, _VALUES = 760, 26, 250, 200
 _STYLE = """
 text { font: 13px sans-serif; fill: #1f2328; }
 .title { font-weight: bold; }

@@ -63,6 +63,10 @@ class Container:
     paused: bool = False  # as the session has asked for
     host_ports: dict[int, tuple[str, int]] = field(default_factory=dict)  # where they are for it
     own_files: dict[str, str] = field(default_factory=dict)  # path: text
+    hosts: list[bytes] = field(default_factory=list)  # what is in /etc/hosts, bit by bit
+    hosts_size: int = 0
+    hosts_fd: int = -1
+    departed: int = 0  # how many had left its networks when that was last written as a whole
     until: float = 0.0  # when, on the monotonic clock, its death is waited for no longer
 
     def kill(self, reason: str) -> None:
@@ -142,8 +146,14 @@ def begin(id: int, order: Order, workshop: Workshop) -> Container:
     return container
 
 
-def finish(container: Container, order: Order, joiners: Iterable[Joiner]) -> None:
-    """Make a container that has been begun the one that is ordered.
+def finish(
+    container: Container,
+    order: Order,
+    joiners: Iterable[Joiner],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Make a container that has been begun the one that is ordered. `meanwhile` is done when it
+    has its addresses, while it mounts.
 
     Raises an NsboxError, and leaves nothing of it, when a step fails.
     """
@@ -154,6 +164,7 @@ def finish(container: Container, order: Order, joiners: Iterable[Joiner]) -> Non
             container.interfaces.append(interface)
             container.undo.push(f"give back {interface.ip}", interface.leave)
         _wire(container)
+        meanwhile()
         ready, (container.scratch, *own_files) = _await(container, "ready")
         container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
         _write_own_files(container, dict(zip(ready["files"], own_files, strict=True)))
@@ -197,6 +208,11 @@ def known_names(container: Container) -> list[tuple[str, str]]:
             if number != interface.number:
                 found.append((interface.bridge.subnet.ip(number), name))
     return found
+
+
+def departed(container: Container) -> int:
+    """How many have left the networks of a container so far."""
+    return sum(interface.bridge.departed for interface in container.interfaces)
 
 
 def _check_snapshot(plan: InitPlan) -> None:
@@ -347,22 +363,26 @@ def _wire(container: Container) -> None:
 
 def _write_own_files(container: Container, own_files: dict[str, int]) -> None:
     order = container.order
+    hosts = names.hosts(known_names(container), order.hosts)
     container.own_files = {
         names.HOSTNAME: f"{order.hostname}\n",
-        names.HOSTS: names.hosts(known_names(container), order.hosts),
         names.RESOLV_CONF: names.resolv_conf(
             order.dns,
             _reach(container),
             next((i.bridge.hub.name_server for i in container.interfaces), None),
         ),
     }
+    container.hosts_fd = own_files[names.HOSTS]
+    container.undo.push("close its hosts", lambda: os.close(container.hosts_fd))
+    container.hosts, container.hosts_size = [hosts.encode()], len(hosts.encode())
+    container.departed = departed(container)
     try:
         for name, fd in own_files.items():
-            text = container.own_files[name].encode()
+            text = container.own_files.get(name, hosts).encode()
             if os.write(fd, text) < len(text):
                 raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
     finally:
-        wire.close_all(own_files.values())
+        wire.close_all(fd for name, fd in own_files.items() if name != names.HOSTS)
 
 
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:

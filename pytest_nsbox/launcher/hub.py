@@ -68,6 +68,7 @@ class Bridge:
     index: int
     mtu: int
     members: dict[int, str] = field(default_factory=dict)  # host number: container's name
+    departed: int = 0  # how many are members no longer
 
     @classmethod
     def make(cls, id: int, name: str, hub: Hub, subnet: Subnet, mtu: int) -> Bridge:
@@ -149,6 +150,7 @@ class Interface:
         if not self._left:
             self._left = True
             self.bridge.members.pop(self.number, None)
+            self.bridge.departed += 1
             self.bridge.subnet.give_back(self.number)
 
 

@@ -17,6 +17,7 @@ from pytest_nsbox.launcher.build import Container, make_cgroup
 from pytest_nsbox.launcher.changes import Own, read_changes
 from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.hub import make_socket
+from pytest_nsbox.launcher.neighbours import own_files, write_hosts
 from pytest_nsbox.launcher.ports import forward_port
 from pytest_nsbox.launcher.snapshot import take_snapshot
 from pytest_nsbox.launcher.worker import Work
@@ -65,7 +66,7 @@ def state(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
 def changes(launcher: Launcher, message: Message, fds: list[int]) -> Work:
     """What a container, alive or dead, has changed against its root filesystem."""
     container = launcher.get(message)
-    files, scratch = container.own_files, container.scratch
+    files, scratch = own_files(container), container.scratch
     return Work(lambda: read_changes(container.places, scratch, container.order, files), [scratch])
 
 
@@ -77,7 +78,7 @@ def snapshot(launcher: Launcher, message: Message, fds: list[int]) -> Work:
     launcher.ledger.record(ledger.LAYER, str(directory))  # it is removed at the end by that
     directory.mkdir(mode=0o700, parents=True)
     go_on = _hold(container)
-    own = Own.of(container.order, container.places, container.own_files)
+    own = Own.of(container.order, container.places, own_files(container))
     scratch = container.scratch
     return Work(
         lambda: take_snapshot(container.places, scratch, own, str(directory), go_on),
@@ -206,7 +207,7 @@ def expose_host(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
         )
     except OSError as error:
         return wire.dump_oserror(error), []
-    launcher.write_hosts(container)
+    write_hosts(container)
     return {"address": found}, []
 
 

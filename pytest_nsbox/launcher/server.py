@@ -6,6 +6,7 @@ import contextlib
 import errno
 import heapq
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -23,7 +24,7 @@ from pytest_nsbox.errors import (
     UnsupportedError,
 )
 from pytest_nsbox.kernel import cgroup
-from pytest_nsbox.launcher import ledger, names
+from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import (
     UNTIL_DEAD,
@@ -31,10 +32,9 @@ from pytest_nsbox.launcher.build import (
     Workshop,
     begin,
     finish,
-    known_names,
 )
-from pytest_nsbox.launcher.changes import write_upper
 from pytest_nsbox.launcher.janitor import Janitor
+from pytest_nsbox.launcher.neighbours import tell_neighbours
 from pytest_nsbox.launcher.networks import Networks
 from pytest_nsbox.launcher.operations import OPERATIONS
 from pytest_nsbox.launcher.pool import Pool
@@ -258,20 +258,22 @@ class Launcher:
         container = self.pool.take(order)
         if container is not None:
             with contextlib.suppress(NsboxError):  # a new one is built, or fails and says why
-                finish(container, order, joiners)
+                finish(container, order, joiners, lambda: self._introduce(container))
                 return container
-        container = self._begin(order)
-        finish(container, order, joiners)
-        return container
+        built = self._begin(order)
+        finish(built, order, joiners, lambda: self._introduce(built))
+        return built
+
+    def _introduce(self, container: Container) -> None:
+        tell_neighbours(container, self.containers.values())
 
     def _attend(self, container: Container, order: Order) -> None:
-        """Notice its end, its time and its want of memory; make it known to its neighbours."""
+        """Notice its end, its time and its want of memory."""
         self.selector.register(container.pidfd, selectors.EVENT_READ, lambda: self._died(container))
         if container.cgroup is not None and order.limits.memory is not None:
             self._watch_memory(container)
         if order.timeout is not None:
             heapq.heappush(self.timers, (time.monotonic() + order.timeout, container.id))
-        self._tell_neighbours(container)
 
     def _watch_memory(self, container: Container) -> None:
         assert container.cgroup is not None
@@ -298,29 +300,6 @@ class Launcher:
         container.reap()
         if container.id in self.dying:
             self._bury_late(container)
-
-    def _tell_neighbours(self, container: Container) -> None:
-        """A new name on a network is known to those who were there before."""
-        shared = {interface.bridge.id for interface in container.interfaces}
-        for other in self.containers.values():
-            if other is container or not other.alive or other.init is None:
-                continue
-            if shared & {interface.bridge.id for interface in other.interfaces}:
-                self.write_hosts(other)
-
-    @staticmethod
-    def write_hosts(container: Container) -> None:
-        assert container.init is not None
-        text = names.hosts(known_names(container), container.order.hosts)
-        container.own_files[names.HOSTS] = text
-        if container.order.read_only:  # for its init, too
-            write_upper(container.places, container.scratch, names.HOSTS, text)
-            return
-        mine, theirs = wire.pair()
-        with mine, theirs, contextlib.suppress(OSError):
-            # one that is paused does not read: nobody else is to wait for it
-            container.init.setblocking(False)
-            wire.send(container.init, {"op": "hosts", "text": text}, [theirs.fileno()])
 
     def destroy(self, container: Container, *, later: bool = False) -> None:
         """Kill a container and remove all that was its; `later` is for who has no time to wait
@@ -379,6 +358,8 @@ def main(
     """Run a launcher for the process `parent`, whose end of a socket pair is `lifeline_fd`."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # some for each container; not theirs
     launcher = Launcher(socket.socket(fileno=lifeline_fd), parent, options)
     signal.signal(signal.SIGTERM, lambda *_: launcher.lifeline.shutdown(socket.SHUT_RD))
     if isinstance(standing, UnsupportedError):

@@ -22,6 +22,7 @@ class Subnet:
         high, low = divmod(int(self.ipv4.network_address), 1 << 16)
         self.ipv6 = ipaddress.IPv6Network(f"fd6e:7362:{high:x}:{low:x}::/64")
         self._used: set[int] = set()
+        self._texts: dict[int, str] = {}  # of the addresses that have been asked for
         self._next = 2
 
     def __str__(self) -> str:
@@ -55,7 +56,9 @@ class Subnet:
         self._next = min(self._next, number)
 
     def ip(self, number: int) -> str:
-        return str(self.ipv4[number])
+        if number not in self._texts:  # a thousand neighbours are told by it a thousand times
+            self._texts[number] = str(self.ipv4[number])
+        return self._texts[number]
 
     def ip6(self, number: int) -> str:
         return str(self.ipv6[number])
