@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import crowd
+import forked
 import lives
 import suites
 from plot import Bar, plot
@@ -36,6 +37,8 @@ SECTIONS = {
     "warm": lives.warm,
     "run": lives.run,
     "inside": suites.inside,
+    "forked": forked.each,
+    "suite": forked.suite,
     "throughput": suites.throughput,
     "crowd": crowd.crowd,
     "first": suites.first,

@@ -7,10 +7,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from floor import Floor
@@ -108,17 +109,25 @@ class Bench:
     # ------------------------------------------------------------------ pytest
 
     def pytest(
-        self, name: str, text: str, expect: str, *options: str, conftest: str = "", plugins: str
+        self,
+        name: str,
+        text: str,
+        expect: str,
+        *options: str,
+        conftest: str = "",
+        plugins: str,
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> Callable[[], float]:
-        """A run of pytest over a file of its own, as a subprocess, with no plugin but `plugins`;
-        `expect` is in its output."""
+        """A run of pytest over a file of its own, and `more`, as a subprocess, with no plugin but
+        `plugins`; `expect` is in its output."""
         directory = self.directory / name
         if directory.exists():
             shutil.rmtree(directory)
         directory.mkdir()
         (directory / "pytest.ini").write_text("[pytest]\n")
         (directory / "conftest.py").write_text(conftest)
-        (directory / "test_it.py").write_text(text)
+        for file, content in {"test_it.py": text, **more}.items():
+            (directory / file).write_text(content)
         env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         chosen = [word for plugin in plugins.split() for word in ("-p", plugin)]
