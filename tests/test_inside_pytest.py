@@ -235,6 +235,36 @@ def test_what_pytest_remembers_of_bodies_inside(pytester: pytest.Pytester) -> No
     step.stdout.fnmatch_lines(["stepwise: skipping 1 already passed items*"])
 
 
+def test_what_comes_out_of_a_body_does_not_grow_with_the_run(run_pytest: Run) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("n", range(100, 140))
+        def test_it(n): pass
+        """,
+        "--nsbox-all",
+        conftest="""
+        import pickle
+        from pytest_nsbox.plugin import luggage
+
+        sizes, unpack = {}, luggage.unpack
+
+        def weigh(item, found):
+            sizes[item.name] = sizes.get(item.name, 0) + len(pickle.dumps(found))
+            unpack(item, found)
+
+        luggage.unpack = weigh
+
+        def pytest_terminal_summary(terminalreporter):
+            found = list(sizes.values())
+            terminalreporter.line(f"of {len(found)} tests: {found[-1] - found[0]:+} bytes")
+        """,
+    )
+    result.assert_outcomes(passed=40)
+    result.stdout.fnmatch_lines(["of 40 tests: +0 bytes"])
+
+
 def test_durations_are_those_of_the_phases_inside(run_pytest: Run) -> None:
     result = run_pytest(
         """

@@ -124,7 +124,8 @@ def unshare(flags: int) -> None:
 
 def setns(fd: int, flags: int) -> None:
     """Enter the namespaces `flags` of what `fd` refers to, a pidfd or a namespace (setns(2))."""
-    _check(_libc.setns(fd, flags), f"setns {flag_names(flags)}")
+    if _libc.setns(fd, flags) < 0:
+        _check(-1, f"setns {flag_names(flags)}")
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int = 0, data: str = "") -> None:

@@ -39,6 +39,8 @@ class Body:
         self.call_and_report = call_and_report
         self.faults = faults
         self.deadline = deadline
+        if fault_handler_stderr_fd_key in item.config.stash:
+            item.config.getini("faulthandler_timeout")  # pytest keeps it, or each fork would read
         self._failure: BaseException | None = None
         self._suspended = False  # whether wider fixtures are kept for another run of the test
         self._logged: pytest.TestReport | None = None

@@ -23,7 +23,9 @@ _CONTAINERS = pytest.StashKey[list[Container]]()
 
 def boxes_of(config: pytest.Config) -> Boxes:
     """The one of this run, made when first asked for."""
-    return config.stash.setdefault(_BOXES, Boxes(config))
+    if _BOXES not in config.stash:
+        config.stash[_BOXES] = Boxes(config)
+    return config.stash[_BOXES]
 
 
 def opened(config: pytest.Config) -> Boxes | None:

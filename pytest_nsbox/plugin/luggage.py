@@ -81,9 +81,9 @@ class Pack:
         found["user_properties"] = trimmed(self.item.user_properties)
         if (session.shouldstop, session.shouldfail) != self.ends:
             found["ends"] = (session.shouldstop, session.shouldfail)
-        failed = _failed_subtests(self.item)
-        if failed:
-            found["subtests"] = dict(failed)
+        counts = _failed_subtests(self.item)
+        keys = (getattr(self.item, "id", None), self.item.nodeid)  # as of pytest 9.2, and before
+        found["subtests"] = {key: counts[key] for key in keys if counts.get(key)}
         if last:
             found["gathered"] = {
                 name: trimmed(map(_light, values[self._lengths.get(name, 0) :]))
@@ -140,7 +140,7 @@ def unpack(item: Any, found: dict[str, Any]) -> None:
         warnings.showwarning(message, category, filename, lineno)
     if "ends" in found:
         item.session.shouldstop, item.session.shouldfail = found["ends"]
-    if "subtests" in found:
+    if found["subtests"]:
         _failed_subtests(item).update(found["subtests"])
     gathered = _gathered(item)
     for name, values in found.get("gathered", {}).items():

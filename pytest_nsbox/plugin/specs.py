@@ -51,13 +51,18 @@ def keywords(item: pytest.Item) -> dict[str, Any]:
     return merged
 
 
+_DEFAULTS = pytest.StashKey["SandboxSpec"]()
+
+
 def defaults(config: pytest.Config) -> SandboxSpec:
     """What the options say."""
-    from pytest_nsbox.model.spec import SandboxSpec
+    if _DEFAULTS not in config.stash:
+        from pytest_nsbox.model.spec import SandboxSpec
 
-    return SandboxSpec.make(
-        rootfs=options.value(config, "rootfs"), network=options.value(config, "network")
-    )
+        config.stash[_DEFAULTS] = SandboxSpec.make(
+            rootfs=options.value(config, "rootfs"), network=options.value(config, "network")
+        )
+    return config.stash[_DEFAULTS]
 
 
 def spec_of(item: pytest.Item, base: SandboxSpec | Mapping[str, Any] | None = None) -> SandboxSpec:
