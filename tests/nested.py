@@ -207,6 +207,8 @@ ENVIRONMENTS: dict[str, Environment] = {
 ON_V2: dict[str, dict[str, Environment]] = {
     "root": {
         "root": on_this_host,
+    },
+    "containers": {
         "docker run --privileged, a cgroup namespace": Engine(
             PRIVILEGED, masked=False, cgroups="own rw"
         ).run,
