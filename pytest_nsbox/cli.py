@@ -151,7 +151,7 @@ def _gc(options: argparse.Namespace) -> int:
 
     state = ledger.state_directory()
     take_standing()  # what containers have written may be another's than the user's
-    for line in ledger.sweep(state):
+    for line in ledger.sweep_all(state, ledger.cache_directory()):
         print(f"removed {line}")
     return 0
 

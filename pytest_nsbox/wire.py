@@ -21,6 +21,9 @@ from pytest_nsbox import errors
 
 Message = dict[str, Any]
 
+ENDED = "the other side has ended"
+"""How the error ends that says that nobody answers: no one's answer does."""
+
 MARK = "NSBOX_SESSION"
 """The environment variable by which the processes of a session are known. None of a container's
 commands has it: they die with their PID 1, which has."""
@@ -123,9 +126,7 @@ def ask(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> Itera
             try:
                 send(sock, message, [theirs.fileno(), *fds])
             except (BrokenPipeError, ConnectionResetError):
-                raise errors.ContainerDied(
-                    f"cannot {message.get('op')}: the other side has ended"
-                ) from None
+                raise errors.ContainerDied(f"cannot {message.get('op')}: {ENDED}") from None
         yield mine
 
 
@@ -136,7 +137,7 @@ def reply_of(answer: socket.socket) -> tuple[Message, list[int]]:
     except ConnectionResetError:
         received = None
     if received is None:
-        raise errors.ContainerDied("the other side has ended")
+        raise errors.ContainerDied(ENDED)
     message, fds = received
     try:
         raise_error(message)

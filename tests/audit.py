@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import re
 import select
-import subprocess
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from pytest_nsbox.kernel import listing, processes
+from pytest_nsbox.kernel.namespaces import entered
 
 MARK = "NSBOX_TEST_RUN"
 # an emulated machine is that slow; and a body orphaned by its pytest is reaped by the machine's
@@ -19,32 +21,34 @@ GRACE = 40.0 if os.environ.get("RUN_IN_V2") else 10.0
 os.environ[MARK] = str(os.getpid())
 
 
-def _output(*command: str) -> list[str]:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def _pids() -> set[int]:
+    """Everybody, but who is forked ahead of the next container of a living session."""
+    everybody = {process.pid: process for process in processes.all_of_them()}
+    return {
+        pid
+        for pid, process in everybody.items()
+        if process.name != "nsbox-ahead"
+        or getattr(everybody.get(process.parent), "name", "") != "nsbox-zygote"
+    }
 
 
-def _links() -> set[str]:
-    # the counters of addresses' lifetimes and the like are not in the brief form
-    return set(_output("ip", "-brief", "link")) | set(_output("ip", "-brief", "address"))
-
-
-def _ahead(directory: str) -> str:
-    """Whose next init a process is, if it is one: there is another one after each container."""
-    stat = Path(directory, "stat").read_text()
-    parent = stat.rpartition(")")[2].split()[1]
-    return f"the one ahead of {parent}" if "(nsbox-ahead)" in stat else ""
+def _reachable(kind: str) -> dict[str, str]:
+    """Every namespace of a kind that has a process or a name, and a path to it."""
+    found: dict[str, str] = {}
+    named = glob.glob("/run/netns/*") if kind == "net" else []
+    for path in [*(f"/proc/{pid}/ns/{kind}" for pid in _pids()), *named]:
+        with contextlib.suppress(OSError):
+            found.setdefault(f"{kind}:[{os.stat(path).st_ino}]", path)
+    return found
 
 
 def _namespaces() -> set[str]:
     """Every namespace that a process or a mount holds."""
     found = set()
-    for path in glob.glob("/proc/[0-9]*/ns/*"):
-        try:
-            found.add(_ahead(os.path.dirname(os.path.dirname(path))) or os.readlink(path))
-        except OSError:
-            continue
+    for pid in _pids():
+        for path in glob.glob(f"/proc/{pid}/ns/*"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(path))
     return found | {
         line.split()[3]
         for line in Path("/proc/self/mountinfo").read_text().splitlines()
@@ -52,80 +56,112 @@ def _namespaces() -> set[str]:
     }
 
 
+def _network() -> dict[str, set[str]]:
+    """What is in every network namespace that can be reached."""
+    parts: dict[str, Callable[[], Iterator[str]]] = {
+        "links": listing.links,
+        "addresses": listing.addresses,
+        "routes": listing.routes,
+        "rules": listing.rules,
+        "sysctls": listing.forwarding,
+    }
+    found: dict[str, set[str]] = {name: set() for name in parts}
+    own = f"net:[{os.stat('/proc/self/ns/net').st_ino}]"
+    for namespace, path in _reachable("net").items():
+        with contextlib.suppress(OSError):  # it has just gone
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                with entered("net", fd):
+                    for name, lines in parts.items():
+                        where = "" if namespace == own else f" in {namespace}"
+                        # link-local ones come by themselves, a while after a link is up
+                        theirs = {line for line in lines() if "fe80:" not in line}
+                        found[name] |= {line + where for line in theirs}
+            finally:
+                os.close(fd)
+    return found
+
+
 def _mounts() -> set[str]:
-    return {line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    """Every mount of every mount namespace that can be reached."""
+    found = set()
+    own = f"mnt:[{os.stat('/proc/self/ns/mnt').st_ino}]"
+    for namespace, path in _reachable("mnt").items():
+        where = "" if namespace == own else f" in {namespace}"
+        with contextlib.suppress(OSError):
+            text = Path(path).parent.parent.joinpath("mountinfo").read_text(errors="replace")
+            found |= {line.split(" ", 1)[1] + where for line in text.splitlines()}
+    return found
 
 
 def _cgroups() -> set[str]:
     return {path for path, _, _ in os.walk("/sys/fs/cgroup") if "nsbox" in path}
 
 
-def _rules() -> set[str]:
-    return set(_output("nft", "list", "ruleset"))
-
-
 def _processes() -> set[str]:
     """Those that descend from this run, whoever their parent is now: they have its mark."""
-    mark = f"{MARK}={os.environ[MARK]}".encode()
+    mark = f"{MARK}={os.environ[MARK]}"
     found = set()
-    for path in glob.glob("/proc/[0-9]*"):
-        try:
-            environment = Path(path, "environ").read_bytes()
-            command = Path(path, "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            ahead = _ahead(path)
-        except OSError:
-            continue
-        if mark in environment.split(b"\0"):
-            found.add(ahead or f"{Path(path).name} {command}")
+    for pid in _pids():
+        if mark in processes.variables(pid):
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+                found.add(f"{pid} {command.decode(errors='replace')}")
     return found
 
 
-def _sysctls() -> set[str]:
-    found = set()
-    paths = glob.glob("/proc/sys/net/ipv[46]/conf/*/*forwarding")
-    for path in [*paths, "/proc/sys/net/ipv4/ip_forward"]:
-        with contextlib.suppress(FileNotFoundError):  # its device has just gone
-            found.add(f"{path} {Path(path).read_text().strip()}")
-    return found
-
-
-def _routes() -> set[str]:
-    # what a router has advertised counts down
-    lines = _output("ip", "route", "show", "table", "all")
-    return {re.sub(r" expires \d+sec", "", line) for line in lines}
+def _parent(line: str) -> str:
+    """Who the parent of a process is now, as the end of its line."""
+    process = processes.find(int(line.split()[0]))
+    parent = process and processes.find(process.parent)
+    return f" (child of {parent.pid} {parent.name})" if parent else ""
 
 
 def _files() -> set[str]:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    roots = ["/run/nsbox", cache + "/nsbox/writable"]
+    roots = ["/run/nsbox", cache + "/nsbox/writable", cache + "/nsbox/writable.ledgers"]
     found = set()
     for root in roots:
         found |= set(glob.glob(root + "/**", recursive=True))
     return found - {root + "/" for root in roots} - set(roots[1:])
 
 
+def _descriptors() -> set[str]:
+    """Of this process: number and what it is, so that a new one in an old one's place is seen."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return {line for line in found if not line.endswith("/fd")}
+
+
 @dataclass
 class Snapshot:
     """Sets of lines, one set for each kind of thing."""
 
-    links: set[str]
-    namespaces: set[str]
-    mounts: set[str]
-    cgroups: set[str]
-    rules: set[str]
-    processes: set[str]
-    sysctls: set[str]
-    routes: set[str]
-    files: set[str]
+    namespaces: set[str] = field(default_factory=_namespaces)
+    mounts: set[str] = field(default_factory=_mounts)
+    cgroups: set[str] = field(default_factory=_cgroups)
+    processes: set[str] = field(default_factory=_processes)
+    files: set[str] = field(default_factory=_files)
+    descriptors: set[str] = field(default_factory=_descriptors)
+    network: dict[str, set[str]] = field(default_factory=_network)
+
+    def lines(self) -> dict[str, set[str]]:
+        """By kind."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**own.pop("network"), **own}
 
     def added_in(self, later: Snapshot) -> list[str]:
         """What `later` has more; for what belongs to the host itself, also what it lacks."""
         found = []
-        for field in fields(self):
-            before, after = getattr(self, field.name), getattr(later, field.name)
-            found += [f"{field.name}: + {line}" for line in sorted(after - before)]
-            if field.name not in ("namespaces", "processes", "files", "cgroups"):
-                found += [f"{field.name}: - {line}" for line in sorted(before - after)]
+        after = later.lines()
+        for kind, before in self.lines().items():
+            for line in sorted(after[kind] - before):
+                found.append(f"{kind}: + {line}{_parent(line) if kind == 'processes' else ''}")
+            if kind in ("links", "addresses", "routes", "rules", "sysctls", "mounts"):
+                gone = {line for line in before - after[kind] if " in " not in line}
+                found += [f"{kind}: - {line}" for line in sorted(gone)]
         return found
 
     def must_equal_soon(self, grace: float = GRACE) -> None:
@@ -143,14 +179,4 @@ class Snapshot:
 
 def take() -> Snapshot:
     """What there is now."""
-    return Snapshot(
-        _links(),
-        _namespaces(),
-        _mounts(),
-        _cgroups(),
-        _rules(),
-        _processes(),
-        _sysctls(),
-        _routes(),
-        _files(),
-    )
+    return Snapshot()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from pytest_nsbox import Session, TeardownError
 from pytest_nsbox.wire import MARK
-from tests.audit import Snapshot
+from tests.audit import Snapshot, take
 from tests.test_cli import nsbox
 
 KILLED = """
@@ -55,7 +56,7 @@ def test_what_a_living_session_owns_is_told_apart() -> None:
         assert launcher is not None
         _, lines = check_of(launcher.pid)
         kinds = {line.split()[2] for line in lines}
-        assert kinds == {"process", "cgroup", "layer", "ledger"}
+        assert kinds >= {"process", "cgroup", "layer", "ledger", "link", "nft"}
         assert all(line.startswith("in use: ") for line in lines)
         assert any(f"process {container.pid} nsbox-init" in line for line in lines)
     assert check_of(launcher.pid)[1] == []
@@ -110,3 +111,62 @@ def test_a_session_looks_for_what_is_its_own_at_its_end() -> None:
                 session.close()
         finally:
             stray.kill()
+
+
+def added(make: str, undo: str) -> list[str]:
+    """What the auditor sees of what a command makes, and nothing of it afterwards."""
+    before = take()
+    subprocess.run(make, shell=True, check=True)
+    found = before.added_in(take())
+    subprocess.run(undo, shell=True, check=True)
+    before.must_equal_soon()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "undo", "seen"),
+    [
+        (
+            "touch /run/left; unshare --net=/run/left true",
+            "umount /run/left; rm /run/left",
+            r"mounts: \+ .* net:\[\d+\] /run/left ",
+        ),
+        (
+            "ip link add left type bridge && ip address add 192.0.2.9/32 dev left",
+            "ip link del left",
+            r"addresses: \+ \d+ 192\.0\.2\.9/32",
+        ),
+        ("nft add table ip left", "nft delete table ip left", r"rules: \+ table ip left"),
+        (
+            "echo 1 > /proc/sys/net/ipv4/conf/lo/forwarding",
+            "echo 0 > /proc/sys/net/ipv4/conf/lo/forwarding",
+            r"sysctls: \+ .*conf/lo/forwarding 1",
+        ),
+        ("mkdir /run/nsbox/left", "rmdir /run/nsbox/left", r"files: \+ /run/nsbox/left"),
+    ],
+)
+def test_the_auditor_of_these_tests_sees(
+    make: str, undo: str, seen: str, nothing_left: Snapshot
+) -> None:
+    assert any(re.match(seen, line) for line in added(make, undo))
+
+
+def test_it_sees_what_is_in_other_namespaces_and_in_its_own_process() -> None:
+    before = take()
+    command = "ip link add inner type bridge; mount -t tmpfs inner /mnt; echo made; exec cat"
+    with subprocess.Popen(
+        ["unshare", "-n", "-m", "sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"made\n"
+        found = "\n".join(before.added_in(take()))
+        other.stdin.close()  # type: ignore[union-attr]
+    for line in (
+        r"links: \+ \d+ inner .* in net:\[\d+\]",
+        r"mounts: \+ .* /mnt .* in mnt:\[\d+\]",
+        rf"processes: \+ {other.pid} .*\(child of {os.getpid()} ",
+        r"descriptors: \+ \d+ pipe:",
+        r"namespaces: \+ net:",
+    ):
+        assert re.search(line, found), (line, found)
+    before.must_equal_soon()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pytest_nsbox import Session, wire
+from pytest_nsbox import ContainerDied, Session, TeardownError, wire
+from pytest_nsbox.kernel import cgroup
 from pytest_nsbox.launcher import ledger
 from tests.audit import Snapshot
 
@@ -176,3 +177,69 @@ def test_teardown_says_who_does_not_die_and_ends_within_its_time() -> None:
         (group / "freezer.state").write_text("THAWED")
         session.close()
         group.rmdir()
+
+
+def test_what_a_killed_launcher_has_left_is_removed_by_its_own_session(
+    nothing_left: Snapshot,
+) -> None:
+    """Not only by the next one, or the last session of a machine would leave it for good."""
+    session = Session()
+    container = session.container(memory="64M", cpus=1)
+    container.popen("setsid sleep 1000 & sleep 1000", shell=True)
+    launcher = session._launcher
+    assert launcher is not None
+    (in_run,) = ledger.state_directory().glob(f"*-{launcher.pid}-*")
+    assert [path for path, _, _ in os.walk("/sys/fs/cgroup") if in_run.name in path]
+    os.kill(launcher.pid, 9)
+    with pytest.raises(ContainerDied):
+        container.stats()
+    assert not in_run.exists()
+    assert not [path for path, _, _ in os.walk("/sys/fs/cgroup") if in_run.name in path]
+    with pytest.raises(ContainerDied):
+        container.close()
+    with pytest.raises(TeardownError, match="the launcher ended with status -9"):
+        session.close()
+
+
+def test_a_session_whose_launcher_was_killed_sweeps_at_its_end(nothing_left: Snapshot) -> None:
+    session = Session()
+    container = session.container(memory="64M", cpus=1)
+    container._init.close()
+    os.close(container.pidfd)
+    launcher = session._launcher
+    assert launcher is not None
+    os.kill(launcher.pid, 9)
+    with pytest.raises(TeardownError, match="the launcher ended with status -9"):
+        session.close()
+    nothing_left.must_equal_soon(2)
+
+
+KILLED = """
+import os, pytest_nsbox
+session = pytest_nsbox.Session()
+session.container(memory="64M").write_text("/etc/written", "x")
+print(session._launcher.pid, flush=True)
+os.kill(session._launcher.pid, 9)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_layer_is_swept_after_a_reboot(nothing_left: Snapshot) -> None:
+    """That empties /run, and every process has another number then; only disks stay."""
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True)
+    launcher = int(done.stdout)
+    (in_run,) = ledger.state_directory().glob(f"*-{launcher}-*")
+    for kind, value in ledger._Rows(in_run).left:
+        if kind == ledger.CGROUP:
+            cgroup.remove_tree(value)
+    in_run.unlink()
+    cache = ledger.cache_directory()
+    (on_disk,) = ledger.layers_directory(cache).glob(f"*-{launcher}-*")
+    (layer,) = (cache / "writable").glob(f"*-{launcher}-*")
+    assert list(layer.rglob("written"))
+    text = on_disk.read_text().replace(ledger.boot_id(), "of another boot")
+    on_disk.write_text(text.replace(f'"pid": {launcher}', f'"pid": {os.getpid()}'))
+    with Session() as session:
+        session.describe()
+    assert not layer.exists()
+    assert not on_disk.exists()

@@ -194,3 +194,16 @@ def _refusal(what: str, number: int, body: bytes) -> OSError:
         offset += length + -length % 4
     reason = os.strerror(number) + (f" ({words})" if words else "")
     return OSError(number, f"{what}: {reason}")
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes in what follows the fixed header of a message."""
+    found = {}
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+        offset += length + -length % 4
+    return found

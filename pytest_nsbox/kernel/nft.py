@@ -20,6 +20,7 @@ from pytest_nsbox.kernel.netlink import (
     NLM_F_EXCL,
     Netlink,
     Request,
+    attributes,
     encode,
 )
 
@@ -143,22 +144,10 @@ def forward_chains() -> list[tuple[str, int]]:
         netlink.close()
     found = []
     for body in bodies:
-        attrs = _attributes(body[4:])  # after struct nfgenmsg
-        if 4 in attrs and struct.unpack_from(">I", _attributes(attrs[4])[1])[0] == 2:
+        attrs = attributes(body[4:])  # after struct nfgenmsg
+        if 4 in attrs and struct.unpack_from(">I", attributes(attrs[4])[1])[0] == 2:
             name = b"/".join(attrs[key].rstrip(b"\0") for key in (1, 3)).decode()
             found.append((name, struct.unpack(">I", attrs.get(5, b"\0\0\0\1"))[0]))
-    return found
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found = {}
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, offset)
-        if length < 4:
-            break
-        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
-        offset += length + -length % 4
     return found
 
 
@@ -197,10 +186,10 @@ class Nft:
         payload = _message(nft_rule_msg, attrs)
         count = 0
         for body in self._netlink.dump(Request("nft list rules", _GETRULE, _DUMP, payload, False)):
-            for element in _elements(_attributes(body[4:]).get(4, b"")):
-                expression = _attributes(element)  # NFTA_EXPR_NAME, NFTA_EXPR_DATA
+            for element in _elements(attributes(body[4:]).get(4, b"")):
+                expression = attributes(element)  # NFTA_EXPR_NAME, NFTA_EXPR_DATA
                 if expression[1] == b"counter\0":
-                    count += struct.unpack(">Q", _attributes(expression[2])[2])[0]
+                    count += struct.unpack(">Q", attributes(expression[2])[2])[0]
         return count
 
 

@@ -7,6 +7,7 @@ are held by its processes: the kernel removes them with the last of these.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_nsbox import wire
-from pytest_nsbox.kernel import processes
+from pytest_nsbox.kernel import listing, processes
 from pytest_nsbox.launcher import ledger
 
 _OWNER = re.compile(r"(?:nsbox-)?([0-9a-f]{8})-(\d+)-(\d+)(?:-\d+)?")
@@ -37,7 +38,17 @@ class Found:
 
 def audit(cache: Path) -> list[Found]:
     """Everything, of the living and of the dead, `cache` being where layers are."""
-    found = [*_processes(), *_cgroups(), *_ledgers(), *_layers(cache), *_mounts(cache)]
+    mine = list(_processes())
+    launchers = {each.owner for each in mine}
+    found = [
+        *mine,
+        *_cgroups(),
+        *_ledgers(cache),
+        *_layers(cache),
+        *_mounts(cache),
+        *_network(launchers),
+        *_sysctls(),
+    ]
     return sorted(found, key=lambda each: (each.alive, each.owner, each.kind, each.what))
 
 
@@ -89,14 +100,35 @@ def _cgroups() -> Iterator[Found]:
             directories[:] = [name for name in directories if not _OWNER.fullmatch(name)]
 
 
-def _ledgers() -> Iterator[Found]:
-    for path in sorted(ledger.state_directory().glob("*-*-*")):
-        yield from _named("ledger", path.name, str(path))
+def _ledgers(cache: Path) -> Iterator[Found]:
+    for directory in (ledger.state_directory(), ledger.layers_directory(cache)):
+        for path in sorted(directory.glob("*-*-*")):
+            yield from _named("ledger", path.name, str(path))
 
 
 def _layers(cache: Path) -> Iterator[Found]:
     for path in sorted((cache / "writable").glob("*-*-*-*")):
         yield from _named("layer", path.name, str(path))
+
+
+def _network(launchers: set[int]) -> Iterator[Found]:
+    """Uplinks and their tables in this network namespace: their names have their launcher's
+    number."""
+    with contextlib.suppress(OSError):  # an ordinary user may not list rules
+        for line in [*listing.links(), *listing.rules()]:
+            kind, *_ = line.split()
+            for match in re.finditer(r"\bnsbox(\d+)-[0-9a-f]{2}\b", line):
+                if kind.isdigit() or kind == "table":
+                    owner = int(match[1])
+                    kind = "link" if kind.isdigit() else "nft table"
+                    yield Found(kind, match[0], owner, owner in launchers)
+
+
+def _sysctls() -> Iterator[Found]:
+    """What sessions have set and are to put back, by their ledgers."""
+    for path in sorted(ledger.state_directory().glob("*-*-*")):
+        for what in ledger.sysctls_in(path):
+            yield from _named("sysctl", path.name, what)
 
 
 def _mounts(cache: Path) -> Iterator[Found]:

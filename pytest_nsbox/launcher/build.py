@@ -278,7 +278,7 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
     workshop.ledger.record(ledger.LAYER, path)
     os.makedirs(path, mode=0o700)
     container.undo.push(
-        f"rm -r {path}", lambda: workshop.janitor.remove(path, workshop.ledger.path)
+        f"rm -r {path}", lambda: workshop.janitor.remove(path, workshop.ledger.file_of(path))
     )
     return path
 

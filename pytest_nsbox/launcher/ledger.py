@@ -58,11 +58,19 @@ def boot_id() -> str:
         return file.read().strip()
 
 
-class Ledger:
-    """The rows of one owner: the calling process."""
+def layers_directory(cache: Path) -> Path:
+    """Where the ledgers of layers are: a layer outlives a reboot, and so must its row."""
+    return cache / "writable.ledgers"
 
-    def __init__(self, directory: Path) -> None:
+
+class Ledger:
+    """The rows of one owner: the calling process. Those of layers that are beside the directory
+    `layers` are in a file there, made with the first one."""
+
+    def __init__(self, directory: Path, layers: Path | None = None) -> None:
         self.directory = directory
+        self._layers_directory = layers
+        self._layers: Ledger | None = None
         pid = os.getpid()
         self.name = f"{boot_id()[:8]}-{pid}-{start_time(pid)}"
         while True:
@@ -95,11 +103,23 @@ class Ledger:
 
     def record(self, kind: str, value: Any) -> None:
         """Before it is made."""
-        self._write({"made": kind, "value": value})
+        self._of(value)._write({"made": kind, "value": value})
 
     def strike(self, kind: str, value: Any) -> None:
         """After it is gone."""
-        self._write({"gone": kind, "value": value})
+        self._of(value)._write({"gone": kind, "value": value})
+
+    def _of(self, value: Any) -> Ledger:
+        on_disk = self._layers_directory
+        if on_disk is None or not str(value).startswith(f"{on_disk.parent}/"):
+            return self
+        if self._layers is None:
+            self._layers = Ledger(on_disk)
+        return self._layers
+
+    def file_of(self, layer: str) -> Path:
+        """Where the row of a layer is written down."""
+        return self._of(layer).path
 
     def set_sysctl(self, path: str, value: str, in_host: Callable[[], Any]) -> None:
         """Set a parameter of the host, to be put back when the last session has let go of it."""
@@ -119,6 +139,8 @@ class Ledger:
 
     def remove_layers(self) -> None:
         """Those that a janitor was to remove and has not."""
+        if self._layers is not None:
+            self._layers.remove_layers()
         for kind, value in _Rows(self.path).left:
             if kind == LAYER:
                 remove_layer(value)
@@ -127,6 +149,12 @@ class Ledger:
     def close(self) -> None:
         """Nothing to remember, unless something is there all the same: that is said, and stays
         written down for who sweeps next."""
+        with contextlib.ExitStack() as stack:
+            if self._layers is not None:
+                stack.callback(self._layers.close)
+            self._close()
+
+    def _close(self) -> None:
         left = [
             f"{kind} {value}"
             for kind, value in _Rows(self.path).left
@@ -207,6 +235,12 @@ class _Rows:
         return start_time(int(self.owner["pid"])) != self.owner.get("start")
 
 
+def sysctls_in(path: Path) -> list[str]:
+    """The parameters that a ledger's owner has set, and what was found in them."""
+    rows = [value for kind, value in _Rows(path).left if kind == SYSCTL and _is_sysctl(value)]
+    return [f"{path} (was {was})" for _, path, was in rows]
+
+
 def _others(directory: Path, but: str) -> Iterator[_Rows]:
     for path in sorted(directory.glob("*-*-*")):
         if path.name != but:
@@ -247,6 +281,11 @@ def _put_back(rows: _Rows, directory: Path) -> list[Any]:
             with contextlib.suppress(FileNotFoundError):  # the device has gone
                 sysctl.write(path, was)
     return [[netns, path, was] for path, was in rows.sysctls(netns).items()]
+
+
+def sweep_all(state: Path, cache: Path) -> list[str]:
+    """Remove what dead owners have left, by the ledgers of both places; returns what that was."""
+    return sweep(state) + sweep(layers_directory(cache))
 
 
 def sweep(directory: Path) -> list[str]:

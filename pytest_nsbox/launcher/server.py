@@ -76,11 +76,11 @@ class Launcher:
     def open(self, standing: Standing, zygote: Zygote, janitor: Janitor) -> None:
         """Leave the host's network namespace for the hub; find the cgroups; sweep."""
         state, cache = ledger.state_directory(), Path(self.options["cache"])
-        ledger.sweep(state)
+        ledger.sweep_all(state, cache)
         self.standing = standing
         if standing.envoy is not None:
             self.undo.push("end the envoy", standing.envoy.close)
-        self.ledger = ledger.Ledger(state)
+        self.ledger = ledger.Ledger(state, ledger.layers_directory(cache))
         self.undo.push("close the ledger", self.ledger.close)
         self.undo.push("remove layers that the janitor has not", self.ledger.remove_layers)
         self.undo.push("wait for the janitor", janitor.close)
@@ -114,7 +114,8 @@ class Launcher:
 
     def _remove_cover(self) -> None:
         if self.workshop.cover is not None:
-            self.workshop.janitor.remove(self.workshop.cover, self.ledger.path)
+            cover = self.workshop.cover
+            self.workshop.janitor.remove(cover, self.ledger.file_of(cover))
 
     # ------------------------------------------------------------------ the loop
 

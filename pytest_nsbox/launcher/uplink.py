@@ -76,7 +76,9 @@ class Uplink:
             ) from error
 
     def _make(self, host: Host, hub: Hub, ledger: Ledger) -> None:
-        name = f"nsbox{os.urandom(4).hex()}"
+        # whose it is, for `nsbox gc --check`; two processes of containers that share the host's
+        # network may have the same number
+        name = f"nsbox{os.getpid()}-{os.urandom(1).hex()}"
         host.netlink.send(
             [
                 link.add_veth(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_nsbox.session.python import Brought
 
 UPLINKS = ("auto", "veth", "pasta", "slirp4netns", "none")
+_KILLED = 0.5  # seconds in which one that does not answer has been killed, if it has
 _TEARDOWN = 30.0  # seconds until a launcher that does not end is an error
 
 
@@ -74,6 +75,7 @@ class Session:
         self._lifeline: socket.socket | None = None
         self._words: Any = None  # what the launcher has to say on its standard error
         self._owner = 0
+        self._swept = False  # what a killed launcher has left
         self._names: set[str] = set()
         self.unreaped: list[Inside] = []  # killed children of this process
         self._living: dict[str, Container] = {}
@@ -126,7 +128,7 @@ class Session:
             self._layers = None
         self._pythons.clear()
         try:
-            in_time = _ends(launcher.pid, _TEARDOWN)
+            in_time = launcher.returncode is not None or _ends(launcher.pid, _TEARDOWN)
             if not in_time:
                 launcher.kill()
             status = launcher.wait()
@@ -137,8 +139,31 @@ class Session:
         finally:
             words = self._said()
             self._words.close()
+        if status < 0:
+            self._sweep()
         if status:
             raise TeardownError(words or f"the launcher ended with status {status}")
+
+    def _sweep_after_kill(self) -> None:
+        """Not only the next session is to remove what a killed launcher could not."""
+        launcher = self._launcher
+        if launcher is None or os.getpid() != self._owner or not _ends(launcher.pid, _KILLED):
+            return
+        if launcher.wait() < 0:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        if self._swept:
+            return
+        self._swept = True
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(
+                [sys.executable, "-P", "-m", "pytest_nsbox.launcher.sweep", self._cache],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_TEARDOWN,
+            )
 
     def _said(self) -> str:
         self._words.seek(0)
@@ -167,8 +192,10 @@ class Session:
         assert self._lifeline is not None
         try:
             return wire.request(self._lifeline, {"op": operation, **fields}, fds)
-        except ContainerDied:
+        except ContainerDied as error:
             words = self._said()
+            if str(error).endswith(wire.ENDED):
+                self._sweep_after_kill()
             if words and operation not in ("destroy",):
                 raise ContainerDied(f"the launcher has ended:\n{words}") from None
             raise

@@ -228,7 +228,7 @@ def go_through(number: int, dice: random.Random, plant: str | None = None) -> Ta
 
 
 def _sweep() -> bool:
-    return bool(ledger.sweep(ledger.state_directory()))
+    return bool(ledger.sweep_all(ledger.state_directory(), ledger.cache_directory()))
 
 
 def _left(before: object, grace: float) -> list[str]:
