@@ -4,7 +4,7 @@
 
 Run as root, on a machine that does nothing else. The cases of a section take turns, so that what
 drifts (clock rate, caches, other load) hits all alike. `--write` makes docs/performance.md, its
-plot, and the table of goals in README.md.
+plot, the table of goals in README.md, and ratios.json, which `guard.py` compares with.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import crowd
 import forked
+import guard
 import lives
 import suites
 from plot import Bar, plot
@@ -98,10 +99,13 @@ def bars(section: Section, times: Times) -> list[Bar]:
 
 
 def write(page: list[str], measured: Measured) -> None:
-    """The page, its plot, and the table of the README."""
+    """The page, its plot, the table of the README, and what `guard.py` compares with."""
     (ROOT / "docs/performance.md").write_text("\n".join(page).rstrip() + "\n")
     groups = {PLOTTED[name]: bars(*measured[name]) for name in PLOTTED}
     (ROOT / "docs/performance.svg").write_text(plot(groups, "of the floor"))
+    names = {make: name for name, make in SECTIONS.items()}
+    watched = {label: measured[names[make]] for label, (make, _) in guard.WATCHED.items()}
+    guard.record({label: guard.multiple(*found) for label, found in watched.items()})
     readme = ROOT / "README.md"
     lines = "\n".join([*goals(measured), "", f"{PICTURE}(docs/performance.svg)"]) + "\n"
     readme.write_text(README_MARKS.sub(lambda _: lines, readme.read_text()))
@@ -109,7 +113,7 @@ def write(page: list[str], measured: Measured) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What containers cost, beside other programs.")
-    parser.add_argument("--runs", type=int, default=100, help="runs of each case (default: 100)")
+    parser.add_argument("--runs", type=int, default=80, help="runs of each case (default: 80)")
     parser.add_argument(
         "--count", type=int, default=1000, help="containers alive at once, tests of the suite"
     )

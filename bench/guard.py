@@ -22,11 +22,12 @@ from pathlib import Path
 
 import lives
 import suites
-from report import FLOOR, Section, machine, table
+from report import FLOOR, Section, Times, machine, table
 from workbench import Bench
 
 RATIOS = Path(__file__).with_name("ratios.json")
 MOST = 1.25
+_MULTIPLES = "multiples of the floor program"
 Make = Callable[[Bench], Section]
 WATCHED: dict[str, tuple[Make, int]] = {
     "cold, back to back": (lives.create, 60),
@@ -47,17 +48,26 @@ def measure() -> dict[str, float]:
         for name, (make, runs) in WATCHED.items():
             with ExitStack() as bench.stack:
                 section = make(bench)
-                first = section.cases[0].name
                 # a difference is one to the last case
                 cases = section.cases if section.difference else section.cases[:1]
                 short = dataclasses.replace(section, cases=cases, runs=runs)
-                times = short.measure()
-                if section.difference:
-                    cost = short.relative(times, first)
-                else:
-                    cost = statistics.median(times[first])
-                found[name] = round(cost / statistics.median(times[FLOOR]), 3)
+                found[name] = multiple(short, short.measure())
     return found
+
+
+def multiple(section: Section, times: Times) -> float:
+    """The first case of a section, as a multiple of the floor program."""
+    first = section.cases[0].name
+    cost = section.relative(times, first) if section.difference else statistics.median(times[first])
+    assert cost is not None
+    return cost / statistics.median(times[FLOOR])
+
+
+def record(found: dict[str, float]) -> None:
+    """Write what later runs are compared with."""
+    rounded = {name: round(value, 3) for name, value in found.items()}
+    said = {"machine": [*machine([])], _MULTIPLES: rounded}
+    RATIOS.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def main() -> int:
@@ -67,11 +77,10 @@ def main() -> int:
     options = parser.parse_args()
     now = measure()
     if options.record:
-        said = {"machine": [*machine([])], "multiples of the floor program": now}
-        RATIOS.write_text(json.dumps(said, indent=2) + "\n")
+        record(now)
         return 0
-    recorded = json.loads(RATIOS.read_text())["multiples of the floor program"]
-    rows = [["multiples of the floor program", "recorded", "now", "now / recorded", ""]]
+    recorded = json.loads(RATIOS.read_text())[_MULTIPLES]
+    rows = [[_MULTIPLES, "recorded", "now", "now / recorded", ""]]
     slower = []
     for name, value in now.items():
         change = value / recorded[name]

@@ -43,7 +43,8 @@ class Goal:
         value = self.of(times)
         limit = f"{'at least' if self.least else 'at most'} {self.limit:g}{self.unit}"
         if value is None:
-            return [self.what, limit, self.without or "what it is compared with is missing", ""]
+            why = self.without or "what it is compared with is missing"
+            return [self.what, limit, "not measured", why]
         met = value >= self.limit if self.least else value <= self.limit
         return [self.what, limit, f"{value:.2f}{self.unit}", "met" if met else "**not met**"]
 

@@ -103,7 +103,7 @@ def first(bench: Bench) -> Section:
         "collects, so here, with one file, there is next to nothing to hide it behind.",
         [Case(name, until_done(name)) for name in tests],
         FLOOR,
-        max(3, bench.runs // 5),
+        max(3, bench.runs // 8),
         bench.floor,
         goals=[
             Goal(f"the first container, {name}", 250, _median(name), unit=" ms") for name in tests
