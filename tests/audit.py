@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pytest_nsbox.kernel.namespaces import entered
 MARK = "NSBOX_TEST_RUN"
 # an emulated machine is that slow; and a body orphaned by its pytest is reaped by the machine's
 # init, when that pleases, before which its container cannot end (pid_namespaces(7))
+_ADDED_LATER = re.compile(r"fe80:|ff00::/8")
 GRACE = 40.0 if os.environ.get("RUN_IN_V2") else 10.0
 os.environ[MARK] = str(os.getpid())
 
@@ -75,7 +77,7 @@ def _network() -> dict[str, set[str]]:
                     for name, lines in parts.items():
                         where = "" if namespace == own else f" in {namespace}"
                         # link-local ones come by themselves, a while after a link is up
-                        theirs = {line for line in lines() if "fe80:" not in line}
+                        theirs = {line for line in lines() if not _ADDED_LATER.search(line)}
                         found[name] |= {line + where for line in theirs}
             finally:
                 os.close(fd)

@@ -25,13 +25,16 @@ DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 
 ORPHAN = """
 import os, sys, time
+told, tell = os.pipe()
 if not os.fork():  # its parent ends, and so does the session that it was in
     os.setsid()
     if not os.fork():
         open("/proc/self/comm", "w").write("grandchild")
         print("up", flush=True)
+        os.write(tell, b"up")
         time.sleep(1000)
     os._exit(0)
+os.read(told, 2)
 """
 
 BOMB = """

@@ -55,6 +55,9 @@ def test_fails():
     assert os.listdir("/var") == []
 """
 
+# where this Python is; not below what every container has for itself
+PYTHON = next(path for path in (sys.prefix, sys.base_prefix) if not path.startswith("/tmp/"))
+
 
 @pytest.mark.parametrize(
     "source", ["tree", "tarball", "docker_archive", "oci_archive", "glibc_tree", "musl_tree"]
@@ -136,7 +139,7 @@ def test_a_body_runs_on_a_prepared_image(run_pytest: Run, images: Images) -> Non
             with session.container(rootfs={str(images.tree)!r}) as container:
                 container.write_text("/etc/prepared", "in a snapshot")
                 container.run(["rm", "/etc/release"], check=True)
-                top = "/" + pathlib.Path(sys.prefix).parts[1]
+                top = "/" + pathlib.Path({PYTHON!r}).parts[1]
                 container.run(["rm", "-rf", top], check=True)
                 container.run(["ln", "-s", "/var/elsewhere", top], check=True)
                 return container.snapshot()
@@ -203,15 +206,15 @@ def test_a_module_takes_the_libraries_of_the_host_before_the_images(
 def test_links_of_the_image_lead_to_what_is_brought(run_pytest: Run, images: Images) -> None:
     """The directory that this Python is in may be a link there, to an absolute path."""
     root = images.copy_of_tree("links")
-    top = Path(sys.prefix).parts[1]
+    top = Path(PYTHON).parts[1]
     shutil.rmtree(root / top, ignore_errors=True)
     (root / top).symlink_to("/var/elsewhere")
     result = run_pytest(
-        """
+        f"""
         import os, subprocess, sys
 
         def test_it():
-            assert os.path.realpath(sys.prefix).startswith("/var/elsewhere/")
+            assert os.path.realpath({PYTHON!r}).startswith("/var/elsewhere/")
             import sqlite3
             subprocess.run([sys.executable, "-c", "import sqlite3"], check=True)
         """,

@@ -215,9 +215,23 @@ def test_a_timeout_by_signal_fails_the_test_and_the_next_one_runs(
     result.stdout.fnmatch_lines(["*Timeout*2*s*"])
 
 
-@everywhere
+@pytest.mark.parametrize("place", [place for kind, place in PLACES if kind == "inside"])
+def test_a_timeout_by_thread_ends_a_body_inside(
+    place: str, run_pytest: Run, nothing_left: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body leaves by os._exit, and the run goes on."""
+    monkeypatch.setenv("PLACE", place)
+    monkeypatch.setenv("END", "wait")
+    result = run_pytest(
+        SOURCES["inside"], "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread"
+    )
+    assert result.ret == 1
+    assert re.search(r"\++ Timeout \++", result.stdout.str() + result.stderr.str())
+    result.stdout.fnmatch_lines(["*the test ended its process with status 1*"])
+
+
+@pytest.mark.parametrize("place", [place for kind, place in PLACES if kind != "inside"])
 def test_a_timeout_by_thread_ends_the_run(
-    kind: str,
     place: str,
     run_pytest: Run,
     nothing_left: Snapshot,
@@ -227,7 +241,7 @@ def test_a_timeout_by_thread_ends_the_run(
     monkeypatch.setenv("PLACE", place)
     monkeypatch.setenv("END", "wait")
     result = run_pytest(
-        SOURCES[kind], "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread"
+        SOURCES["beside"], "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread"
     )
     assert result.ret == 1
     assert re.search(r"\++ Timeout \++", result.stdout.str() + result.stderr.str())

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import resource
+import select
 import signal
 import socket
 from collections.abc import Callable
@@ -55,12 +56,13 @@ class InitPlan:
             confinement(frozenset(self.order.capabilities)).prepare()
 
 
-def run_init(plan: InitPlan, fds: list[int]) -> NoReturn:
+def run_init(plan: InitPlan, fds: list[int], between: int | None = None) -> NoReturn:
     """Be PID 1 until the end. `fds` are the sockets to launcher and session, and the
-    cgroup.procs files to join by."""
-    # where a user namespace is made, the parent is one that is about to end
-    _leave_the_zygote(fds, NAME, die_with_parent=not plan.userns)
-    _live(plan, fds, lambda: _isolate(plan.order.own_network))
+    cgroup.procs files to join by; `between` is the pidfd of a parent that is about to end, and
+    leaves this process to the zygote."""
+    keep = fds if between is None else [*fds, between]
+    _leave_the_zygote(keep, NAME, die_with_parent=between is None)
+    _live(plan, fds, lambda: _isolate(plan.order.own_network), between)
 
 
 def await_plan(zygote: socket.socket, last: InitPlan) -> NoReturn:
@@ -97,11 +99,13 @@ def _rehearse(plan: InitPlan) -> None:
         step.describe()
 
 
-def _live(plan: InitPlan, fds: list[int], isolate: Callable[[], Own]) -> NoReturn:
+def _live(
+    plan: InitPlan, fds: list[int], isolate: Callable[[], Own], between: int | None = None
+) -> NoReturn:
     status = 1
     launcher, session = (socket.socket(fileno=fd) for fd in fds[:2])
     try:
-        _build(plan, launcher, isolate(), fds[2:])
+        _build(plan, launcher, isolate(), fds[2:], between)
         serve(launcher, session)
         status = 0
     except BaseException as error:
@@ -156,7 +160,13 @@ def _file_tree(plan: InitPlan) -> list[mounts.Step]:
     return file_tree(plan.order, plan.layer, plan.cgroups, in_userns=userns, cover=plan.cover)
 
 
-def _build(plan: InitPlan, launcher: socket.socket, own: Own, cgroup_procs: list[int]) -> None:
+def _build(
+    plan: InitPlan,
+    launcher: socket.socket,
+    own: Own,
+    cgroup_procs: list[int],
+    between: int | None,
+) -> None:
     order = plan.order
     own.hand_out(launcher)
     _join(cgroup_procs)
@@ -168,6 +178,9 @@ def _build(plan: InitPlan, launcher: socket.socket, own: Own, cgroup_procs: list
     mounts.run(steps[-1:])
     if not order.privileged:
         confinement(frozenset(order.capabilities)).apply()
+    if between is not None:  # or its end would be this process's, too
+        select.select([between], [], [])
+        os.close(between)
     # again, since a change of credentials clears it; the zygote is the parent by now
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     rows = [place.to_wire() for place in places(steps, plan.layer, plan.order)]

@@ -48,7 +48,12 @@ class Pool:
             return None
         if self._mounted is not self._mounts.now():  # theirs is a copy of what was mounted then
             self.drop()
-        return kind.ready.popleft() if kind.ready else None
+        while kind.ready:
+            container = kind.ready.popleft()
+            if not container.has_ended():
+                return container
+            discard(container)
+        return None
 
     def _kind(self, order: Order) -> Kind | None:
         """The kind of an order, from now on the last one asked for."""

@@ -290,7 +290,8 @@ def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> None:
             wire.send(zygote, {})
             if wire.receive(zygote) is None:
                 return
-        pid = _fork_into_new(plan.order.uptime, lambda: run_init(plan, fds))
+        own = os.pidfd_open(os.getpid())
+        pid = _fork_into_new(plan.order.uptime, lambda: run_init(plan, fds, own))
         wire.send(zygote, {"pid": pid})
     except (NsboxError, OSError) as error:
         wire.send(zygote, {"error": wire.dump_error(error)})
