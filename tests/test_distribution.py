@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pytest_nsbox import Session
 from tests.audit import Snapshot
 from tests.ordinary import run_as_ordinary_user
 
@@ -41,6 +44,15 @@ def test_workers_of_one_machine_use_the_same_addresses_at_once(
     pytester.makepyfile(SOURCE)
     result = pytester.runpytest_subprocess(*XDIST, f"-n{workers}")
     result.assert_outcomes(passed=13)
+
+
+def test_sessions_find_their_way_out_at_once(nothing_left: Snapshot) -> None:
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(Session()) for _ in range(6)]
+        for session in sessions:
+            session.describe()  # they are all there, and have it yet to find
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            list(pool.map(lambda session: session.request("open_way_out"), sessions))
 
 
 def test_workers_on_machines_of_their_own(

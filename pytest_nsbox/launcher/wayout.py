@@ -39,7 +39,11 @@ class WayOut:
 
     def _open_veth(self, hub: Hub) -> None:
         uplink = Uplink(self._host, hub, self._ledger)
-        why = forwarding.refusal(self._host, uplink.address)
+        try:
+            why = forwarding.refusal(self._host, uplink.address)
+        except BaseException:
+            uplink.close()
+            raise
         if why is None:
             self._undo.push("close the uplink", uplink.close)
             hub.way_out = True
