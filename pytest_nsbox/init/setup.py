@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -21,6 +20,7 @@ from pytest_nsbox.init.tree import OwnFile, file_tree, places, prepare_tree
 from pytest_nsbox.kernel import libc, mounts
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink
+from pytest_nsbox.kernel.processes import close_all_but
 from pytest_nsbox.model.order import Order
 
 NAME = "nsbox-init"
@@ -122,11 +122,7 @@ def _leave_the_zygote(keep: list[int], name: str, *, die_with_parent: bool) -> N
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    low = 3
-    for fd in sorted(keep):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    close_all_but(keep)
     os.setsid()
     os.umask(0o022)
 

@@ -1,12 +1,14 @@
-"""Processes as /proc shows them (proc_pid_stat(5))."""
+"""Processes as /proc shows them (proc_pid_stat(5)), and children of this one."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import resource
 import select
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from pytest_nsbox.kernel import libc
@@ -69,6 +71,34 @@ def die_with(parent: int) -> None:
     poll.register(parent, select.POLLIN)
     if poll.poll(0):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fork_child(name: str, keep: Iterable[int], work: Callable[[], object]) -> int:
+    """Fork a child that does `work` and ends, or dies with this process; returns its pid.
+
+    It is called `name`, and of the descriptors it has only `keep`.
+    """
+    with own_pidfd() as parent:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                die_with(parent)
+                libc.set_process_name(name)
+                gc.freeze()  # what the parent had is not to be closed a second time
+                close_all_but(keep)
+                work()
+            finally:
+                os._exit(0)
+    return pid
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close what belongs to the parent, so that its sockets close when it does."""
+    low = 3
+    for fd in sorted(keep):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 
 
 def below_init(init: int) -> list[tuple[int, str]]:

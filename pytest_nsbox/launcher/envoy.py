@@ -18,7 +18,7 @@ from typing import NoReturn
 from pytest_nsbox import wire
 from pytest_nsbox.errors import SetupError
 from pytest_nsbox.kernel import libc
-from pytest_nsbox.launcher.zygote import close_all_but
+from pytest_nsbox.kernel.processes import close_all_but
 
 
 class Envoy:

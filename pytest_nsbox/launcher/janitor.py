@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pytest_nsbox.errors import TeardownError
 from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel.processes import close_all_but
 from pytest_nsbox.launcher import ledger
-from pytest_nsbox.launcher.zygote import close_all_but
 
 
 class Janitor:

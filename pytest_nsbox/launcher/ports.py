@@ -14,13 +14,13 @@ import select
 import signal
 import socket
 
-from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel import libc, processes
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.launcher.build import Container
 from pytest_nsbox.launcher.forwarder import Forwarder, reach
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.worker import stop
-from pytest_nsbox.launcher.zygote import Zygote, close_all_but
+from pytest_nsbox.launcher.zygote import Zygote
 
 
 def forward_port(container: Container, listener: int, port: int, home: int) -> int:
@@ -39,16 +39,11 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
         finally:
             libc.setns(outside, libc.CLONE_NEWNET)
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-            libc.set_process_name("nsbox-port")
-            close_all_but({listener, inside, outside})
-            libc.setns(outside, libc.CLONE_NEWNET)
-            Forwarder(listener, connect, bool).run()
-        finally:
-            os._exit(1)
+    def forward() -> None:
+        libc.setns(outside, libc.CLONE_NEWNET)
+        Forwarder(listener, connect, bool).run()
+
+    pid = processes.fork_child("nsbox-port", {listener, inside, outside}, forward)
     os.close(inside)
     pidfd = os.pidfd_open(pid)
     container.undo.push(f"stop forwarding to port {port}", lambda: stop(pid, pidfd))

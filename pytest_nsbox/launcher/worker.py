@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import resource
 import signal
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError
-from pytest_nsbox.kernel import libc, processes
-from pytest_nsbox.launcher.zygote import close_all_but
+from pytest_nsbox.kernel import processes
 
 _DEEPEST = 5000  # directories in each other; a path of the kernel has 2,048 at most
 
@@ -31,21 +29,12 @@ class Work:
 
     def start(self, answer: socket.socket) -> tuple[int, int]:
         """Fork the child; returns its pid and a pidfd."""
-        with processes.own_pidfd() as launcher:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    processes.die_with(launcher)
-                    libc.set_process_name("nsbox-worker")
-                    gc.freeze()  # what the launcher had is not to be closed a second time
-                    close_all_but({answer.fileno(), *self.fds})
-                    _make_room()
-                    self._work(answer)
-                finally:
-                    os._exit(0)
+        keep = {answer.fileno(), *self.fds}
+        pid = processes.fork_child("nsbox-worker", keep, lambda: self._work(answer))
         return pid, os.pidfd_open(pid)
 
     def _work(self, answer: socket.socket) -> None:
+        _make_room()
         try:
             for message in self.job():
                 wire.send(answer, message)

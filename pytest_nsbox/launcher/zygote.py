@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import select
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NoReturn
 
 from pytest_nsbox import wire
@@ -135,7 +134,7 @@ def _live(launcher: socket.socket) -> None:
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     libc.set_process_name("nsbox-zygote")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
-    close_all_but([launcher.fileno()])
+    processes.close_all_but([launcher.fileno()])
     # a collection in a child would write to, and so copy, every page with an object in it
     gc.collect()
     gc.freeze()
@@ -170,29 +169,13 @@ def _live(launcher: socket.socket) -> None:
 
 
 def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
-    with processes.own_pidfd() as zygote:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                processes.die_with(zygote)
-                libc.set_process_name("nsbox-port")
-                close_all_but(fds)
-                from pytest_nsbox.launcher.forwarder import forward_to_loopback  # not for each init
+    def forward() -> None:
+        from pytest_nsbox.launcher.forwarder import forward_to_loopback  # not for each init
 
-                gc.enable()
-                forward_to_loopback(fds[0], port, fds[1] if fds[1:] else None, network)
-            finally:
-                os._exit(1)
-    return pid
+        gc.enable()
+        forward_to_loopback(fds[0], port, fds[1] if fds[1:] else None, network)
 
-
-def close_all_but(keep: Iterable[int]) -> None:
-    """Close what belongs to the parent, so that its sockets close when it does."""
-    low = 3
-    for fd in sorted(keep):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    return processes.fork_child("nsbox-port", fds, forward)
 
 
 def _fork_ahead(last: InitPlan) -> tuple[int, int]:
