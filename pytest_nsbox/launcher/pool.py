@@ -6,7 +6,6 @@ come with the request, so nobody can tell by these whether a container comes fro
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections import deque
@@ -31,19 +30,25 @@ class Kind:
 
 
 class Pool:
-    """At most `size` containers in all; none with 0."""
+    """At most `size` containers in all; none with 0. `discard` takes one down that nobody has had,
+    and raises nothing."""
 
-    def __init__(self, size: int, begin: Callable[[Order], Container]) -> None:
+    def __init__(
+        self,
+        size: int,
+        begin: Callable[[Order], Container],
+        discard: Callable[[Container], None],
+    ) -> None:
         self.size = size
         self._begin = begin
+        self._discard = discard
         self._kinds: list[Kind] = []  # the last one asked for last
         self._of: dict[int, Kind] = {}  # a living container's id: its kind
         self._mounts = MountWatch()
         self._mounted: object = None  # what was on the host when the first was begun
 
-    def take(self, order: Order) -> Container | None:
+    def take(self, kind: Kind | None) -> Container | None:
         """One that can become what is ordered; None when it has to be built."""
-        kind = self._kind(order)
         if kind is None:
             return None
         if self._mounted is not self._mounts.now():  # theirs is a copy of what was mounted then
@@ -52,11 +57,12 @@ class Pool:
             container = kind.ready.popleft()
             if not container.has_ended():
                 return container
-            discard(container)
+            self._discard(container)
         return None
 
-    def _kind(self, order: Order) -> Kind | None:
-        """The kind of an order, from now on the last one asked for."""
+    def kind_of(self, order: Order) -> Kind | None:
+        """The kind of an order, from now on the last one asked for; None for what is never made
+        ahead."""
         if not self.size or order.uptime is not None:  # that would have begun to count
             return None
         order = dataclasses.replace(
@@ -77,11 +83,14 @@ class Pool:
         else:
             kind = Kind(order, files)
         self._kinds.append(kind)
+        while len(self._kinds) > self.size:  # for so old a one there is no room any more
+            for container in self._kinds.pop(0).ready:
+                self._discard(container)
         return kind
 
-    def given(self, container: Container) -> None:
+    def given(self, container: Container, kind: Kind | None) -> None:
         """A container has been given out, from here or not."""
-        if (kind := self._kind(container.order)) is not None:
+        if kind is not None:
             self._of[container.id] = kind
             kind.alive += 1
             kind.most = max(kind.most, kind.alive)
@@ -111,7 +120,7 @@ class Pool:
             if sum(len(each.ready) for each in self._kinds) < self.size:
                 break
             if other is not kind and other.ready:
-                discard(other.ready.popleft())
+                self._discard(other.ready.popleft())
         if not any(each.ready for each in self._kinds):
             self._mounted = self._mounts.now()
         try:
@@ -120,21 +129,14 @@ class Pool:
             self._kinds.remove(kind)
 
     def drop(self) -> None:
-        """Take all down that nobody has asked for yet. Raises the first TeardownError."""
+        """Take all down that nobody has asked for yet."""
         ready = [container for kind in self._kinds for container in kind.ready]
         for kind in self._kinds:
             kind.ready.clear()
         for container in ready:
-            container.kill("stopped")
-        with contextlib.ExitStack() as stack:
-            for container in ready:
-                stack.callback(container.undo.run)
-
-
-def discard(container: Container) -> None:
-    """Take one down that nobody has had; what cannot be is left to the end of the session."""
-    container.kill("stopped")
-    container.undo.run()
+            container.kill("stopped")  # together, not one after the other
+        for container in ready:
+            self._discard(container)
 
 
 def _paths(order: Order) -> Iterator[str]:

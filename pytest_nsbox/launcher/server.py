@@ -37,7 +37,7 @@ from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.neighbours import tell_neighbours
 from pytest_nsbox.launcher.networks import Networks
 from pytest_nsbox.launcher.operations import OPERATIONS
-from pytest_nsbox.launcher.pool import Pool
+from pytest_nsbox.launcher.pool import Kind, Pool
 from pytest_nsbox.launcher.ports import HostPorts
 from pytest_nsbox.launcher.standing import Standing
 from pytest_nsbox.launcher.undo import Undo
@@ -61,7 +61,7 @@ class Launcher:
         self.undo = Undo()
         self.containers: dict[int, Container] = {}
         self.dying: dict[int, Container] = {}  # killed, with nobody waiting for their end
-        self.late: list[NsboxError] = []  # what went wrong with these
+        self.late: list[NsboxError] = []  # what went wrong with these, and with those of the pool
         self.timers: list[tuple[float, int]] = []  # a heap: when, which container
         self.last_id = 0
         self.created = 0.0  # when the last container was, on the monotonic clock
@@ -106,7 +106,7 @@ class Launcher:
         self.way_out = WayOut(self.host, standing, self.ledger, self.options["uplink"])
         self.networks.way_out = self.way_out
         self.undo.push("close the way out", self.way_out.close)
-        self.pool = Pool(int(self.options["pool"]), self._begin)
+        self.pool = Pool(int(self.options["pool"]), self._begin, self._discard)
 
     def _begin(self, order: Order) -> Container:
         self.last_id += 1
@@ -155,10 +155,7 @@ class Launcher:
         errors: list[NsboxError] = []
         for worker in list(self.workers.items()):
             stop(*worker)
-        try:
-            self.pool.drop()
-        except NsboxError as error:
-            errors.append(error)
+        self.pool.drop()
         for container in list(self.dying.values()):
             self._bury_late(container)
         errors += self.late
@@ -241,9 +238,10 @@ class Launcher:
 
     def create(self, order: Order) -> tuple[Container, int]:
         """A container, and a descriptor of its PID 1 to give away."""
-        container = self._build(order)
+        kind = self.pool.kind_of(order)
+        container = self._build(order, kind)
         self.containers[container.id] = container
-        self.pool.given(container)
+        self.pool.given(container, kind)
         self.created = time.monotonic()
         try:
             self._attend(container, order)
@@ -254,9 +252,9 @@ class Launcher:
             container.undo.run_after(error)
             raise
 
-    def _build(self, order: Order) -> Container:
+    def _build(self, order: Order, kind: Kind | None) -> Container:
         joiners = self.networks.joiners(order)
-        container = self.pool.take(order)
+        container = self.pool.take(kind)
         if container is not None:
             with contextlib.suppress(NsboxError):  # a new one is built, or fails and says why
                 finish(container, order, joiners, lambda: self._introduce(container))
@@ -323,6 +321,15 @@ class Launcher:
             self._bury_late(container)
         while len(self.dying) > _MOST_DYING:
             self._bury_late(next(iter(self.dying.values())))
+
+    def _discard(self, container: Container) -> None:
+        """Take down one that nobody has had, so that nobody is told what goes wrong until the
+        end."""
+        container.kill("stopped")
+        try:
+            container.undo.run()
+        except NsboxError as error:
+            self.late.append(error)
 
     def _bury_late(self, container: Container) -> None:
         self.containers[container.id] = self.dying.pop(container.id)
