@@ -16,9 +16,7 @@ from pytest_nsbox import wire
 from pytest_nsbox.errors import (
     CommandError,
     ContainerDied,
-    ContainerTimeout,
     NsboxError,
-    OutOfMemory,
     SpecError,
 )
 from pytest_nsbox.model.limits import Limits, Stats
@@ -26,16 +24,13 @@ from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.results import Change, Result
 from pytest_nsbox.model.rootfs import PATH, Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
-from pytest_nsbox.model.units import format_size
-from pytest_nsbox.session import files, waiting
+from pytest_nsbox.session import ending, files, ports, waiting
 from pytest_nsbox.session.inside import Inside, call
-from pytest_nsbox.session.process import UNTIL_KILLED, Arguments, Process, describe_end
+from pytest_nsbox.session.process import UNTIL_KILLED, Arguments, Process
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.python import Brought
     from pytest_nsbox.session.session import Session
-
-_NAMED = 10  # processes of a container in its summary
 
 
 class Container:
@@ -72,9 +67,9 @@ class Container:
         self._init = socket.socket(fileno=fds[0])
         self.pidfd = fds[1]
         self._owner = os.getpid()
-        self._closed = False
+        self.closed = False
         self._last: wire.Message | None = None
-        self._killed: list[str] = []  # who has not ended when asked to
+        self.unyielding: list[str] = []  # who has not ended when asked to
 
     def __repr__(self) -> str:
         return f"<Container {self.name} {self.ip or 'without network'}>"
@@ -87,9 +82,9 @@ class Container:
         Without `wait` it is killed, and this returns before the kernel has finished with it; what
         then goes wrong is raised when the session is closed.
         """
-        if self._closed or os.getpid() != self._owner:
+        if self.closed or os.getpid() != self._owner:
             return
-        self._closed = True
+        self.closed = True
         try:
             # PID 1 cannot end before those are reaped, and they are this process's children
             for body in list(self.bodies):
@@ -127,7 +122,7 @@ class Container:
         except ContainerDied:
             pass
         reply, _ = self.session.request("kill", id=self.id, reason="stopped", tell=late)
-        self._last, self._killed = reply, reply.get("running", [])
+        self._last, self.unyielding = reply, reply.get("running", [])
 
     def pause(self) -> None:
         """Stop every process where it is (cgroups(7), freezer)."""
@@ -163,7 +158,7 @@ class Container:
 
     def state(self) -> wire.Message:
         """Whether it is alive, why not, and its statistics, as the launcher has them."""
-        if not self._closed:
+        if not self.closed:
             self._last, _ = self.session.request("state", id=self.id)
         assert self._last is not None
         return self._last
@@ -174,23 +169,7 @@ class Container:
         When all of a container is killed, its processes go before its PID 1 does: `patience` is
         how many seconds to wait for that.
         """
-        if not self._closed:
-            wire.is_ready(self.pidfd, patience)
-        state = self.state()
-        if state["alive"] and not self._closed:
-            return None
-        what = f"container {self.name!r}"
-        if state["reason"] == "memory":
-            return OutOfMemory(f"{what} was killed: {out_of_memory(self.spec, state)}")
-        if state["reason"] == "timeout":
-            return ContainerTimeout(
-                f"{what} was killed: it outlived its timeout of {self.spec.timeout:g} s"
-            )
-        if state["reason"] == "killed":
-            return ContainerDied(f"{what} has been killed")
-        if self._closed or state["reason"] == "stopped":
-            return ContainerDied(f"{what} has been taken down")
-        return ContainerDied(f"{what} has died: its PID 1 was killed from outside")
+        return ending.reason(self, patience)
 
     def settle(self) -> NsboxError | None:
         """Ask for its state while it can be asked for; returns why it is dead, if it is."""
@@ -201,24 +180,7 @@ class Container:
 
     def summary(self) -> str:
         """Its state and the end of what ran in it, for a report."""
-        death = self.settle()
-        state = str(death) if death else f"{self.ip or 'no network'}, running"
-        lines = [state, *map(describe_end, self.processes)]
-        if self._killed:
-            lines.append(f"SIGTERM has not ended, so SIGKILL has: {_named(self._killed)}")
-        elif others := self._others():
-            lines.append(f"running besides: {_named(others)}")
-        return "\n".join(lines)
-
-    def _others(self) -> list[str]:
-        """The processes that `popen` has not started, as "pid (name)", numbered as inside."""
-        if self._closed:
-            return []
-        with contextlib.suppress(NsboxError):
-            reply, _ = self.session.request("state", id=self.id, tell=True)
-            known = {str(process.pid) for process in self.processes}
-            return [row for row in reply.get("running", []) if row.split()[0] not in known]
-        return []
+        return ending.summary(self)
 
     def why_dead(self) -> NsboxError:
         try:
@@ -230,7 +192,7 @@ class Container:
 
     def ask_init(self, message: wire.Message, fds: list[int]) -> None:
         """Send init a request whose first descriptor the answers come back on."""
-        if self._closed:
+        if self.closed:
             raise self.why_dead()
         try:
             wire.send(self._init, message, fds)
@@ -413,7 +375,7 @@ class Container:
         if check and result.returncode:
             error = CommandError(result.returncode, process.args, out, err)
             if result.oom_killed:
-                error.add_note(out_of_memory(self.spec, self.state()))
+                error.add_note(ending.out_of_memory(self.spec, self.state()))
             raise error
         return result
 
@@ -446,25 +408,7 @@ class Container:
         A server that listens on the container's own loopback only is reached there. `timeout`,
         in seconds, is for connecting. Raises OSError (ConnectionRefusedError) or ContainerDied.
         """
-        if wire.is_ready(self.pidfd, 0):
-            raise self.why_dead()
-        reply, fds = self.session.request("socket", id=self.id, type=socket.SOCK_STREAM)
-        if reply["ip"] is not None:
-            sock = socket.socket(fileno=fds[0])
-            try:
-                return _connected(sock, (reply["ip"], port), timeout)
-            except ConnectionRefusedError:
-                sock.close()
-        message = {"op": "socket", "family": int(socket.AF_INET), "type": int(socket.SOCK_STREAM)}
-        (fd,) = self.request_init(message)
-        sock = socket.socket(fileno=fd)
-        try:
-            return _connected(sock, ("127.0.0.1", port), timeout)
-        except ConnectionRefusedError:
-            sock.close()
-            raise ConnectionRefusedError(
-                111, f"nothing listens on port {port} of container {self.name!r}"
-            ) from None
+        return ports.connect(self, port, timeout)
 
     def publish(self, port: int, host_port: int = 0) -> tuple[str, int]:
         """Make a port of the container reachable on the host's loopback.
@@ -472,10 +416,7 @@ class Container:
         Returns (host, port) there; `host_port` 0 lets the host choose. It ends with the
         container. Raises OSError (EADDRINUSE).
         """
-        with socket.create_server(("127.0.0.1", host_port), backlog=128) as listener:
-            self.session.request("publish", [listener.fileno()], id=self.id, port=port)
-            host, chosen = listener.getsockname()
-            return str(host), int(chosen)
+        return ports.publish(self, port, host_port)
 
     def expose_host(self, port: int) -> tuple[str, int]:
         """Make a TCP server of the test, on the host's loopback, reachable from inside.
@@ -488,14 +429,7 @@ class Container:
 
         The server need not listen yet. Raises OSError (EADDRINUSE) with `network="none"`.
         """
-        if not 0 < int(port) < 1 << 16:
-            raise SpecError(f"port {port!r} is not a number from 1 to 65535")
-        try:
-            reply, _ = self.session.request("expose_host", id=self.id, port=int(port))
-        except ContainerDied as error:
-            raise (self.death() or error) from None
-        host, chosen = reply["address"]
-        return str(host), int(chosen)
+        return ports.expose_host(self, port)
 
     def wait_for_port(
         self, port: int, *, process: Process | None = None, timeout: float = 30
@@ -640,31 +574,3 @@ class Container:
         except ContainerDied as error:
             raise (self.death() or error) from None
         return sorted(found, key=lambda change: change.path)
-
-
-def _named(rows: list[str]) -> str:
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-    return ", ".join(rows[:_NAMED]) + more
-
-
-def _connected(
-    sock: socket.socket, address: tuple[str, int], timeout: float | None
-) -> socket.socket:
-    try:
-        sock.settimeout(timeout)
-        sock.connect(address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def out_of_memory(spec: SandboxSpec, state: wire.Message) -> str:
-    """ "out of memory: limit 64 MiB, peak 63.9 MiB" """
-    text = "out of memory"
-    if spec.memory is not None:
-        text += f": limit {format_size(spec.memory)}"
-    peak = (state["stats"] or {}).get("memory_peak")
-    if peak is not None:
-        text += f", peak {format_size(peak)}"
-    return text
