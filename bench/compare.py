@@ -26,6 +26,7 @@ import crowd
 import forked
 import guard
 import lives
+import shares
 import suites
 from plot import Bar, plot
 from report import FLOOR, Section, Times, machine, table
@@ -45,6 +46,7 @@ SECTIONS = {
     "first": suites.first,
     "collect": suites.collect,
     "image": lives.image,
+    "shares": shares.shares,
 }
 PLOTTED = {
     "create": "Create, run true, destroy: back to back",

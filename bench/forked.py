@@ -72,7 +72,7 @@ def each(bench: Bench) -> Section:
         [
             Case(inside, bench.pytest("each-inside", mark + text, words, plugins=PLUGIN)),
             Case(plain, bench.pytest("each-plain", text, words, plugins=PLUGIN)),
-            *_forked(bench, bench.pytest("each-forked", text, words, "--forked", plugins=_BOTH)),
+            *forked(bench, bench.pytest("each-forked", text, words, "--forked", plugins=_BOTH)),
         ],
         plain,
         max(2, bench.runs // 20),
@@ -99,7 +99,7 @@ def suite(bench: Bench) -> Section:
         [
             Case(inside, run("suite-inside", "--nsbox-all")),
             Case("pytest", run("suite-plain")),
-            *_forked(bench, run("suite-forked", "--forked", plugins=_BOTH)),
+            *forked(bench, run("suite-forked", "--forked", plugins=_BOTH)),
         ],
         "pytest",
         max(2, bench.runs // 40),
@@ -119,7 +119,7 @@ def suite(bench: Bench) -> Section:
 _BOTH = f"{PLUGIN} pytest_forked"
 
 
-def _forked(bench: Bench, run: Callable[[], float]) -> list[Case]:
+def forked(bench: Bench, run: Callable[[], float]) -> list[Case]:
     """The case, where pytest-forked works here."""
     one = bench.pytest("forked-works", "def test_it(): pass", "1 passed", "--forked", plugins=_BOTH)
     try:

@@ -115,12 +115,21 @@ def _median(name: str) -> Callable[[Times], float]:
     return lambda times: statistics.median(times[name])
 
 
+def boxed(count: int) -> str:
+    """A file of so many quick tests, each with a container."""
+    return (
+        f"import pytest\n\n{_MARK}\n{_each(count)}def test_it(nsbox_container, n):\n"
+        "    nsbox_container.run(['true'], check=True)\n"
+    )
+
+
+def _each(count: int) -> str:
+    return f"@pytest.mark.parametrize('n', range({count}))\n"
+
+
 def throughput(bench: Bench) -> Section:
     count = bench.count
-    each = f"@pytest.mark.parametrize('n', range({count}))\n"
-    boxed = f"import pytest\n\n{_MARK}\n{each}def test_it(nsbox_container, n):\n"
-    boxed += "    nsbox_container.run(['true'], check=True)\n"
-    plain = f"import pytest\n\n{each}def test_it(n):\n    pass\n"
+    plain = f"import pytest\n\n{_each(count)}def test_it(n):\n    pass\n"
     words, plugins = f"{count} passed", f"{PLUGIN} xdist.plugin"
     ours, bare = f"{count} tests, a container each, -n 2", f"{count} empty tests, -n 2"
     floors = [
@@ -149,7 +158,7 @@ def throughput(bench: Bench) -> Section:
         "with limits and network and run `true` in it, from the start of pytest to its end, "
         f"against two floor programs that make {count // 2} containers each at the same time.",
         [
-            Case(ours, bench.pytest("boxed", boxed, words, "-n2", plugins=plugins)),
+            Case(ours, bench.pytest("boxed", boxed(count), words, "-n2", plugins=plugins)),
             Case(bare, bench.pytest("bare", plain, words, "-n2", plugins=plugins)),
             Case(twice, side_by_side),
         ],
