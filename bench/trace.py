@@ -3,7 +3,8 @@
     .venv/bin/python bench/trace.py [--runs N] [--pool N]
 
 The launcher is started with its steps wrapped: each notes when it began and ended, on the clock
-that all processes share and in memory that all of them share. The notes cost some time, too.
+that all processes share and in memory that all of them share. The notes cost some time, too. LAYER
+is a container's writable layer, VENV where this Python is, MOUNT another filesystem of the host.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import functools
 import mmap
 import os
+import re
 import runpy
 import statistics
 import struct
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 _FILE = "NSBOX_TRACE"
@@ -79,6 +82,7 @@ def _launch() -> None:
     from pytest_nsbox.launcher import zygote
 
     notes = Notes(os.environ[_FILE])
+    places = _places()
 
     def wrap(owner: Any, name: str, what: str) -> None:
         real = getattr(owner, name)
@@ -97,7 +101,10 @@ def _launch() -> None:
         for step in steps:
             began = time.perf_counter()
             step.do()
-            notes.add(step.describe(), began)
+            text = step.describe()
+            for place, name in places.items():
+                text = place.sub(name, text)
+            notes.add(text, began)
 
     setup.mounts.run = run  # type: ignore[attr-defined]
     wrap(cgroup_files, "mkdir", "mkdir cgroup")
@@ -110,6 +117,19 @@ def _launch() -> None:
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
+
+
+def _places() -> dict[re.Pattern[str], str]:
+    """What is elsewhere on another machine, and what to call it."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    mounts = [line.split()[1] for line in lines]
+    kept = ("/proc", "/sys", "/dev", "/run", "/tmp")
+    own = [re.escape(mount) for mount in mounts if mount != "/" and not mount.startswith(kept)]
+    return {
+        re.compile(r"/oldroot/\S*/writable/[^/\s]*"): "LAYER",
+        re.compile(rf"root{re.escape(sys.prefix)}\b"): "root/VENV",
+        **{re.compile(rf"root{mount}(?=[/\s]|$)"): "root/MOUNT" for mount in sorted(own)[::-1]},
+    }
 
 
 def _trace(runs: int, pool: int) -> list[list[Note]]:
