@@ -17,7 +17,7 @@ from pytest_nsbox import wire
 from pytest_nsbox.init.confine import confinement
 from pytest_nsbox.init.serve import serve
 from pytest_nsbox.init.tree import OwnFile, file_tree, places, prepare_tree
-from pytest_nsbox.kernel import libc, mounts
+from pytest_nsbox.kernel import libc, mounts, sysctl
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Netlink
 from pytest_nsbox.kernel.processes import close_all_but
@@ -148,7 +148,16 @@ def _isolate(own_network: bool) -> Own:
     libc.unshare(flags | (libc.CLONE_NEWNET if own_network else 0))
     if not own_network:
         return Own([open_namespace("uts")])
+    _ask_nobody()
     return Own([open_namespace("uts"), open_namespace("net")], Netlink())
+
+
+def _ask_nobody() -> None:
+    """No interface is to ask who else has its addresses, which have been given out and can be used
+    at once, nor for routers: all its neighbours would be asked."""
+    for name in ("accept_dad", "router_solicitations"):
+        with contextlib.suppress(OSError):  # it is slower in a crowd, and that is all
+            sysctl.write_directly(f"/proc/sys/net/ipv6/conf/default/{name}", "0")
 
 
 def _file_tree(plan: InitPlan) -> list[mounts.Step]:

@@ -38,6 +38,8 @@ RTMGRP_LINK, RTMGRP_IPV4_ROUTE = 1, 0x40
 _PATIENCE = 5.0  # seconds; the kernel's work queue takes at most one
 _MANY = 4096  # messages kept: the same addresses are given out again and again
 _INT = struct.Struct("=I")
+# not one for each CPU, of which each is a directory in /sys and memory
+_ONE_QUEUE = [("IFLA_NUM_TX_QUEUES", 1), ("IFLA_NUM_RX_QUEUES", 1)]
 LOOPBACK = 1  # the index that lo has in every network namespace
 
 
@@ -122,6 +124,7 @@ def _veth(
         ("IFLA_IFNAME", peer),
         ("IFLA_NET_NS_FD", netns),
         ("IFLA_MTU", mtu),
+        *_ONE_QUEUE,
     ]
     if addressed:
         peer_attrs.append(("IFLA_ADDRESS", address))
@@ -129,6 +132,7 @@ def _veth(
     attrs: list[tuple[str, Any]] = [
         ("IFLA_IFNAME", name),
         ("IFLA_MTU", mtu),
+        *_ONE_QUEUE,
         (
             "IFLA_LINKINFO",
             {

@@ -1,4 +1,4 @@
-"""nftables over netlink: the few tables, chains and rules that NAT needs (nft(8)).
+"""nftables over netlink: the few tables, chains and rules that are needed here (nft(8)).
 
 A table carries the owner flag: no other process can change it, and the kernel removes it when
 the socket that made it closes.
@@ -31,30 +31,41 @@ _GETCHAIN, _GETRULE = _SUBSYS | 4, _SUBSYS | 7
 _APPEND = 0x800
 _DUMP = 0x300
 _TABLE_OWNER = 2  # NFT_TABLE_F_OWNER
-_HOOKS = {"forward": 2, "postrouting": 4, "input": 1}
+_FAMILIES = {"ip": socket.AF_INET, "bridge": 7}  # NFPROTO_BRIDGE
+_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "postrouting": 4}
 ACCEPT, DROP = 1, 0
 PRIORITY_FILTER, PRIORITY_SRCNAT = 0, 100
 
 IIFNAME, OIFNAME = 6, 7  # NFT_META_IIFNAME, NFT_META_OIFNAME
+_LINK_HEADER, _NETWORK_HEADER, _TRANSPORT_HEADER = 0, 1, 2
+_MLD2_REPORT = 143
+_REPORTS_GO_TO = bytes.fromhex("333300000016")  # ff02::16
+_SOLICITED_NODE = socket.inet_pton(socket.AF_INET6, "ff02::1:ff00:0")[:13]
 
 
-def _message(kind: type[Any], attrs: list[tuple[str, Any]]) -> bytes:
+def _message(kind: type[Any], attrs: list[tuple[str, Any]], family: str = "ip") -> bytes:
     message = kind()
-    message["nfgen_family"] = socket.AF_INET
+    message["nfgen_family"] = _FAMILIES[family]
     message["attrs"] = attrs
     return encode(message)
 
 
-def table(name: str) -> Request:
-    """An IPv4 table that lives as long as the socket it is sent on."""
+def table(name: str, family: str = "ip") -> Request:
+    """A table that lives as long as the socket it is sent on."""
     attrs = [("NFTA_TABLE_NAME", name), ("NFTA_TABLE_FLAGS", _TABLE_OWNER)]
-    payload = _message(nft_table_msg, attrs)
+    payload = _message(nft_table_msg, attrs, family)
     flags = NLM_F_CREATE | NLM_F_EXCL
-    return Request(f"nft add table ip {name} {{ flags owner; }}", _NEWTABLE, flags, payload)
+    return Request(f"nft add table {family} {name} {{ flags owner; }}", _NEWTABLE, flags, payload)
 
 
 def chain(
-    table_: str, name: str, kind: str, hook: str, priority: int, policy: int = ACCEPT
+    table_: str,
+    name: str,
+    kind: str,
+    hook: str,
+    priority: int,
+    policy: int = ACCEPT,
+    family: str = "ip",
 ) -> Request:
     """A base chain at a hook."""
     attrs = [
@@ -72,19 +83,21 @@ def chain(
         ("NFTA_CHAIN_POLICY", policy),
         ("NFTA_CHAIN_TYPE", kind),
     ]
-    what = f"nft add chain ip {table_} {name} {{ type {kind} hook {hook}; }}"
-    return Request(what, _NEWCHAIN, NLM_F_CREATE | NLM_F_EXCL, _message(nft_chain_msg, attrs))
+    what = f"nft add chain {family} {table_} {name} {{ type {kind} hook {hook}; }}"
+    payload = _message(nft_chain_msg, attrs, family)
+    return Request(what, _NEWCHAIN, NLM_F_CREATE | NLM_F_EXCL, payload)
 
 
-def rule(table_: str, chain_: str, *expressions: list[Any]) -> Request:
+def rule(table_: str, chain_: str, *expressions: list[Any], family: str = "ip") -> Request:
     """A rule at the end of a chain."""
     attrs = [
         ("NFTA_RULE_TABLE", table_),
         ("NFTA_RULE_CHAIN", chain_),
         ("NFTA_RULE_EXPRESSIONS", [expr for group in expressions for expr in group]),
     ]
-    what = f"nft add rule ip {table_} {chain_}"
-    return Request(what, _NEWRULE, NLM_F_CREATE | _APPEND, _message(nft_rule_msg, attrs))
+    what = f"nft add rule {family} {table_} {chain_}"
+    payload = _message(nft_rule_msg, attrs, family)
+    return Request(what, _NEWRULE, NLM_F_CREATE | _APPEND, payload)
 
 
 def _compare(data: bytes, op: int = 0) -> Any:
@@ -101,19 +114,40 @@ def interface(key: int, name: str) -> list[Any]:
 
 def source(address: str) -> list[Any]:
     """Match the one address a packet comes from."""
-    return _address(address, 12)
+    return _field(_NETWORK_HEADER, 12, socket.inet_aton(address))
 
 
 def destination(address: str) -> list[Any]:
     """Match the one address a packet goes to."""
-    return _address(address, 16)
+    return _field(_NETWORK_HEADER, 16, socket.inet_aton(address))
 
 
-def _address(address: str, offset: int) -> list[Any]:
-    return [
-        genex("payload", {"dreg": 1, "base": 1, "offset": offset, "len": 4}),
-        _compare(socket.inet_aton(address)),
+def neighbour_report(count: int) -> list[Any]:
+    """Match a multicast listener report (RFC 3810, 5.2) about `count` solicited-node addresses
+    and nothing else: what a host says of the addresses that it can be asked for by."""
+    records = [
+        expression
+        for number in range(count)
+        for expression in _field(_TRANSPORT_HEADER, 12 + 20 * number, _SOLICITED_NODE)
     ]
+    return [
+        *_field(_LINK_HEADER, 0, _REPORTS_GO_TO),  # first, since no other frame passes it
+        *_field(_TRANSPORT_HEADER, 0, bytes([_MLD2_REPORT])),
+        *_field(_TRANSPORT_HEADER, 6, struct.pack("!H", count)),
+        *records,
+    ]
+
+
+def _field(base: int, offset: int, data: bytes) -> list[Any]:
+    """Match what a header has at an offset."""
+    return [
+        genex("payload", {"dreg": 1, "base": base, "offset": offset, "len": len(data)}),
+        _compare(data),
+    ]
+
+
+def drop() -> list[Any]:
+    return list(verdict(DROP))
 
 
 def counted_drop() -> list[Any]:
@@ -201,9 +235,11 @@ __all__ = [
     "chain",
     "counted_drop",
     "destination",
+    "drop",
     "forward_chains",
     "interface",
     "masquerade",
+    "neighbour_report",
     "nfgen_msg",
     "rule",
     "source",

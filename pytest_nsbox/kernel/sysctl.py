@@ -15,7 +15,7 @@ def write(path: str, value: str) -> None:
     child, is not.
     """
     try:
-        _write(path, value)
+        write_directly(path, value)
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
@@ -27,7 +27,8 @@ def write(path: str, value: str) -> None:
             raise OSError(number, f"write {value!r} to {path}: {os.strerror(number)}") from error
 
 
-def _write(path: str, value: str) -> None:
+def write_directly(path: str, value: str) -> None:
+    """The same where nothing is done about a /proc/sys that is shown read-only."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, value.encode())
@@ -41,7 +42,7 @@ def _in_own_proc(path: str, value: str) -> None:
         libc.unshare(libc.CLONE_NEWNS)
         libc.mount("none", "/", None, libc.MS_REC | libc.MS_PRIVATE)
         libc.mount("proc", "/proc", "proc", libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC)
-        _write(path, value)
+        write_directly(path, value)
         status = 0
     except OSError as error:
         status = error.errno or status

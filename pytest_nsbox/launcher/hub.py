@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pytest_nsbox.kernel import libc, link, sysctl
+from pytest_nsbox.kernel import libc, link, nft, sysctl
 from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.netlink import Request
 from pytest_nsbox.model.addressing import Subnet, mac
@@ -34,7 +34,12 @@ class Hub:
         # where br_netfilter is loaded, what one container says to the next would be filtered as
         # if it were routed
         with contextlib.suppress(FileNotFoundError):
-            sysctl.write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0")
+            for what in ("iptables", "ip6tables", "arptables"):
+                sysctl.write(f"/proc/sys/net/bridge/bridge-nf-call-{what}", "0")
+        # a port is an end of a cable: addresses and multicast groups of its own would be some
+        # more for each container, and routes that the kernel goes through one by one
+        sysctl.write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1")
+        self._reports = _keep_neighbour_reports()
 
     def next_index(self) -> int:
         """An interface index never used before: links of the dead linger while the kernel
@@ -54,7 +59,25 @@ class Hub:
     def close(self) -> None:
         """Let go of the namespace; the kernel takes down what is in it."""
         self.netlink.close()
+        self._reports.close()
         os.close(self.netns)
+
+
+def _keep_neighbour_reports() -> nft.Nft:
+    """Forward none of the reports that the kernel of every new container makes, four times, of its
+    own addresses. They are for multicast routers, which have no use for groups of one link, but
+    a bridge has a copy for each port: with a thousand of them that takes longer than all else."""
+    rules, family = nft.Nft(), "bridge"
+    with contextlib.suppress(OSError):  # a kernel without: it is slower in a crowd, and that is all
+        rules.commit(
+            nft.table("nsbox", family),
+            nft.chain("nsbox", "reports", "filter", "prerouting", 0, family=family),
+            *(
+                nft.rule("nsbox", "reports", nft.neighbour_report(n), nft.drop(), family=family)
+                for n in (1, 2)  # its address and that of the link may make one group
+            ),
+        )
+    return rules
 
 
 @dataclass
@@ -72,11 +95,14 @@ class Bridge:
 
     @classmethod
     def make(cls, id: int, name: str, hub: Hub, subnet: Subnet, mtu: int) -> Bridge:
+        """The caller is in the hub."""
         index = hub.next_index()
         device = f"br{index}"
+        hub.netlink.send([link.add_bridge(index, device, mac(subnet.gateway), mtu)])
+        for key in ("disable_ipv6", "accept_ra"):  # it asks for no router, either
+            sysctl.write(f"/proc/sys/net/ipv6/conf/{device}/{key}", "0")
         hub.netlink.send(
             [
-                link.add_bridge(index, device, mac(subnet.gateway), mtu),
                 link.add_address(index, device, subnet.gateway, subnet.ipv4.prefixlen),
                 link.add_address(index, device, subnet.gateway6, subnet.ipv6.prefixlen),
             ]

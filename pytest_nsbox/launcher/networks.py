@@ -44,7 +44,8 @@ class Networks:
         if internet and self.way_out is not None:
             self.way_out.open(hub)
         self._last_id += 1
-        bridge = Bridge.make(self._last_id, name, hub, subnet, self._host.mtu())
+        with hub.entered(self._hubs[True].netns):
+            bridge = Bridge.make(self._last_id, name, hub, subnet, self._host.mtu())
         self._bridges[bridge.id] = bridge
         return bridge
 
