@@ -93,11 +93,12 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
     return message, fds
 
 
-def is_ready(fd: int, seconds: float, event: int = select.POLLIN) -> bool:
-    """Wait for poll(2)'s `event`, at most so long; select(2) takes no descriptor above 1,023."""
+def is_ready(fd: int, seconds: float | None, event: int = select.POLLIN) -> bool:
+    """Wait for poll(2)'s `event`, at most so long, or with None until it comes; select(2) takes
+    no descriptor above 1,023."""
     poll = select.poll()
     poll.register(fd, event)
-    return bool(poll.poll(seconds * 1000))
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def close_all(fds: Iterable[int]) -> None:

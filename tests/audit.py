@@ -20,6 +20,7 @@ MARK = "NSBOX_TEST_RUN"
 # init, when that pleases, before which its container cannot end (pid_namespaces(7))
 _ADDED_LATER = re.compile(r"fe80:|ff00::/8")
 GRACE = 40.0 if os.environ.get("RUN_IN_V2") else 10.0
+_MOST_BETWEEN = 0.5  # seconds
 os.environ[MARK] = str(os.getpid())
 
 
@@ -168,15 +169,19 @@ class Snapshot:
 
     def must_equal_soon(self, grace: float = GRACE) -> None:
         """Fail for what is still there after `grace` seconds: who was orphaned needs a moment,
-        and for the end of a stranger's child there is no event."""
-        deadline = time.monotonic() + grace
-        while True:
-            left = self.added_in(take())
-            if not left:
-                return
-            if time.monotonic() > deadline:
+        and for the end of a stranger's child there is no event.
+
+        Of the time between two looks at most so much counts: a machine that stood still has
+        taken nothing down either.
+        """
+        then = time.monotonic()
+        while left := self.added_in(take()):
+            if grace < 0:
                 raise AssertionError("left behind:\n" + "\n".join(left))
             select.select([], [], [], 0.02)
+            now = time.monotonic()
+            grace -= min(now - then, _MOST_BETWEEN)
+            then = now
 
 
 def take() -> Snapshot:

@@ -35,6 +35,8 @@ from errno import (
 from typing import Any
 
 HEAD = struct.Struct("=5i")  # who, k, errno, steps so far, whether it has failed
+AHEAD = struct.Struct("=2i")  # how many inits and containers may be made ahead; the launcher counts
+_TEXT = HEAD.size + AHEAD.size  # where the kind and the object of the step that has failed are
 LAUNCHER, ZYGOTE, INIT = 1, 2, 3
 WHO = {LAUNCHER: "launcher", ZYGOTE: "zygote", INIT: "init"}
 FILE = "NSBOX_FAULT"
@@ -87,8 +89,18 @@ class Plan:
 
     def arm(self, who: int, k: int, choose: int) -> None:
         """Fail the k-th step of `who`, by the `choose`-th of what is plausible for it."""
-        self._memory[HEAD.size :] = bytes(mmap.PAGESIZE - HEAD.size)
+        self._memory[_TEXT:] = bytes(mmap.PAGESIZE - _TEXT)
         HEAD.pack_into(self._memory, 0, who, k, choose, 0, 0)
+
+    @property
+    def ahead(self) -> tuple[int, int]:
+        """How many inits may still be forked ahead, and how many containers begun."""
+        inits, containers = AHEAD.unpack_from(self._memory, HEAD.size)
+        return inits, containers
+
+    @ahead.setter
+    def ahead(self, most: tuple[int, int]) -> None:
+        AHEAD.pack_into(self._memory, HEAD.size, *most)
 
     def disarm(self) -> tuple[int, str, str] | None:
         """The errno, the kind and the object of the step that has failed; None when it has not
@@ -97,7 +109,7 @@ class Plan:
         HEAD.pack_into(self._memory, 0, 0, 0, 0, steps, 0)
         if not failed:
             return None
-        kind, _, what = self._memory[HEAD.size :].rstrip(b"\0").decode().partition("\0")
+        kind, _, what = self._memory[_TEXT:].rstrip(b"\0").decode().partition("\0")
         return failed, kind, what
 
     @property
@@ -113,8 +125,8 @@ class Plan:
         if steps == k:
             errnos = PLAUSIBLE[kind]
             failed = errnos[choose % len(errnos)]
-            text = f"{kind}\0{what}".encode()[: mmap.PAGESIZE - HEAD.size]
-            self._memory[HEAD.size : HEAD.size + len(text)] = text
+            text = f"{kind}\0{what}".encode()[: mmap.PAGESIZE - _TEXT]
+            self._memory[_TEXT : _TEXT + len(text)] = text
         HEAD.pack_into(self._memory, 0, armed, k, choose, steps, failed)
         if steps == k:
             raise _error(failed, kind, what)
@@ -127,14 +139,45 @@ def _error(number: int, kind: str, what: str) -> OSError:
     return OSError(number, f"{kind} {what}: {os.strerror(number)}" if what else os.strerror(number))
 
 
+def ahead_as_allowed(shared: Plan) -> None:
+    """Nothing is made ahead but when a test lets it, or it would go through the steps at its own
+    time."""
+    from pytest_nsbox.launcher.pool import Kind, Pool
+    from pytest_nsbox.launcher.zygote import Zygote
+
+    may_fork, fork, wants, fill = Zygote.may_fork_ahead, Zygote.fork_ahead, Pool.wants, Pool.fill
+
+    def may_fork_ahead(self: Zygote) -> bool:
+        return shared.ahead[0] > 0 and may_fork(self)
+
+    def fork_ahead(self: Zygote) -> None:
+        inits, containers = shared.ahead
+        try:
+            fork(self)
+        finally:
+            shared.ahead = inits - 1, containers
+
+    def wants_as_allowed(self: Pool) -> Kind | None:
+        return wants(self) if shared.ahead[1] > 0 else None
+
+    def fill_and_count(self: Pool) -> None:
+        inits, containers = shared.ahead
+        try:
+            fill(self)
+        finally:
+            shared.ahead = inits, containers - 1
+
+    Zygote.may_fork_ahead, Zygote.fork_ahead = may_fork_ahead, fork_ahead  # type: ignore[method-assign]
+    Pool.wants, Pool.fill = wants_as_allowed, fill_and_count  # type: ignore[method-assign]
+
+
 def main() -> None:
     from pytest_nsbox import wire
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink, sysctl
     from pytest_nsbox.launcher import ledger, zygote
 
-    # or one more would go through the steps, at its own time
-    zygote.Zygote.may_fork_ahead = lambda self: False  # type: ignore[method-assign]
     shared, launcher = Plan(os.environ[FILE]), os.getpid()
+    ahead_as_allowed(shared)
     inits: set[int] = set()
 
     def who() -> int:
@@ -182,7 +225,7 @@ def main() -> None:
         real_send(self, requests)
 
     netlink.Netlink.send = send  # type: ignore[method-assign]
-    real_run, real_init = mounts.run, zygote.run_init
+    real_run = mounts.run
 
     class Failing:
         def __init__(self, real: mounts.Step) -> None:
@@ -196,12 +239,16 @@ def main() -> None:
     def run(steps: Iterable[mounts.Step]) -> None:
         real_run(Failing(each) for each in steps)
 
-    def run_init(*args: Any) -> None:
-        inits.add(os.getpid())
-        real_init(*args)
+    def as_an_init(begin: Callable[..., None]) -> Callable[..., None]:
+        def begun(*args: Any) -> None:
+            inits.add(os.getpid())
+            begin(*args)
+
+        return begun
 
     mounts.run = run
-    zygote.run_init = run_init  # type: ignore[assignment]
+    for name in ("run_init", "await_plan"):
+        setattr(zygote, name, as_an_init(getattr(zygote, name)))
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
 
 

@@ -21,9 +21,9 @@ def chaos(*options: str) -> tuple[int, str]:
 
 
 def test_nothing_is_left_by_kills_at_random_moments() -> None:
-    status, output = chaos("--kills=28")
+    status, output = chaos("--kills=30")
     assert status == 0, output
-    assert re.search(r"^all +28 ", output, re.MULTILINE), output
+    assert re.search(r"^all +30 ", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize("what", ["cgroup", "layer", "process"])

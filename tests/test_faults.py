@@ -7,7 +7,16 @@ import pytest
 from tests.audit import Snapshot
 from tests.chaos import faults
 
-SAMPLES = {faults.Begin: 2, faults.First: 6, faults.Build: 15, faults.TakeDown: 8, faults.End: 4}
+SAMPLES = {
+    faults.Begin: 2,
+    faults.First: 6,
+    faults.Build: 12,
+    faults.ForkAhead: 12,
+    faults.BuildAhead: 12,
+    faults.TakeDown: 8,
+    faults.End: 3,
+    faults.EndAhead: 3,
+}
 
 
 @pytest.mark.parametrize("stage", faults.STAGES, ids=lambda stage: stage.name)

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_nsbox import Container, Session, SpecError, TeardownError
+from pytest_nsbox import Container, Session, SetupError, SpecError, TeardownError
 from pytest_nsbox.kernel import processes
 from tests.audit import Snapshot
 
@@ -228,20 +229,63 @@ def test_without_waiting_the_address_is_free_at_once_and_the_end_comes(session: 
 def test_what_goes_wrong_without_waiting_is_raised_at_the_end() -> None:
     session = Session()
     container = session.container(**SPEC)
-    v2 = os.path.exists("/sys/fs/cgroup/cgroup.procs")
-    rows = Path(f"/proc/{container.pid}/cgroup").read_text().splitlines()
-    (path,) = (row.split(":")[2] for row in rows if ("0::" if v2 else ":pids:") in row)
-    root = "/sys/fs/cgroup" + ("" if v2 else "/pids")
-    with subprocess.Popen(["sleep", "1000"]) as stranger:
-        try:
-            Path(f"{root}{path}/cgroup.procs").write_text(str(stranger.pid))
-            container.close(wait=False)
-            with pytest.raises(TeardownError, match=rf"rmdir .*members: {stranger.pid}"):
-                session.close()
-        finally:
-            stranger.kill()
+    with _stranger_in_the_cgroup_of(container.pid) as stranger:
+        container.close(wait=False)
+        with pytest.raises(TeardownError, match=rf"^rmdir cgroup: .*members: {stranger}"):
+            session.close()
     with Session() as sweeping:  # it has not been forgotten
         sweeping.describe()
+
+
+def test_what_goes_wrong_with_one_that_nobody_had_is_raised_at_the_end(
+    nothing_left: Snapshot,
+) -> None:
+    session = Session(pool=1)
+    with session.container(**SPEC) as container:
+        (waiting,) = ahead(session, container)
+    with _stranger_in_the_cgroup_of(waiting) as stranger:
+        with session.container(pids=30) as other:  # of the first kind there is no room for one
+            other.run(["true"], check=True)
+        with pytest.raises(TeardownError, match=rf"^rmdir cgroup: .*members: {stranger}"):
+            session.close()
+    with Session() as sweeping:
+        sweeping.describe()
+
+
+def test_what_goes_wrong_with_one_that_cannot_become_what_is_ordered_is_raised_at_the_end(
+    nothing_left: Snapshot,
+) -> None:
+    small: dict[str, Any] = {"disk": "64K", "pids": 20}
+    session = Session(pool=1)
+    with session.container(**small) as container:
+        (waiting,) = ahead(session, container)
+    many = {f"a-name-of-many-letters-{n}.example": "198.51.100.1" for n in range(4000)}
+    with _stranger_in_the_cgroup_of(waiting) as stranger:
+        with pytest.raises(SetupError, match="write /etc/hosts: No space left"):
+            session.container(**small, hosts=many)
+        with pytest.raises(TeardownError, match=rf"undoing: rmdir cgroup: .*{stranger}"):
+            session.close()
+    with Session() as sweeping:
+        sweeping.describe()
+
+
+@contextmanager
+def _stranger_in_the_cgroup_of(init: int) -> Iterator[int]:
+    """A process that is none of the container's, so that the cgroup cannot be removed."""
+    root = Path("/sys/fs/cgroup")
+    v2 = (root / "cgroup.procs").exists()
+    deadline = time.monotonic() + 10
+    path = ""
+    while "nsbox-" not in path and time.monotonic() < deadline:  # it joins while it mounts
+        rows = Path(f"/proc/{init}/cgroup").read_text().splitlines()
+        (path,) = (row.split(":")[2] for row in rows if ("0::" if v2 else ":pids:") in row)
+    with subprocess.Popen(["sleep", "1000"]) as stranger:
+        try:
+            procs = root / ("" if v2 else "pids") / path.lstrip("/") / "cgroup.procs"
+            procs.write_text(str(stranger.pid))
+            yield stranger.pid
+        finally:
+            stranger.kill()
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5"])

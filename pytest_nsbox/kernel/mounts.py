@@ -448,7 +448,13 @@ class MountWatch:
         if self._fd < 0:
             self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
             self._pid = os.getpid()
-            self._found = mount_points()
-        elif select.select([], [], [self._fd], 0)[2]:
-            self._found = mount_points()
+        elif self._found and not self._changed():
+            return self._found
+        self._found = []  # a change is told once, and reading may fail
+        self._found = mount_points()
         return self._found
+
+    def _changed(self) -> bool:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLPRI)
+        return bool(poll.poll(0))

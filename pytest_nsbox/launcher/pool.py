@@ -121,11 +121,11 @@ class Pool:
                 break
             if other is not kind and other.ready:
                 self._discard(other.ready.popleft())
-        if not any(each.ready for each in self._kinds):
-            self._mounted = self._mounts.now()
         try:
+            if not any(each.ready for each in self._kinds):
+                self._mounted = self._mounts.now()
             kind.ready.append(self._begin(kind.order))
-        except NsboxError:  # it will be said to who asks for one
+        except (NsboxError, OSError):  # it will be said to who asks for one
             self._kinds.remove(kind)
 
     def drop(self) -> None:

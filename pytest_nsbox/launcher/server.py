@@ -256,9 +256,12 @@ class Launcher:
         joiners = self.networks.joiners(order)
         container = self.pool.take(kind)
         if container is not None:
-            with contextlib.suppress(NsboxError):  # a new one is built, or fails and says why
+            try:
                 finish(container, order, joiners, lambda: self._introduce(container))
                 return container
+            except NsboxError as error:  # a new one is built, or fails and says why
+                if getattr(error, "__notes__", ()):  # it could not be undone
+                    self.late.append(error)
         built = self._begin(order)
         finish(built, order, joiners, lambda: self._introduce(built))
         return built

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import select
 import signal
 import socket
 from collections.abc import Callable
@@ -67,14 +66,13 @@ class Zygote:
             return
         message = {"plan": self._last.to_wire(), "ahead": True}
         self._last = None
-        self._mounted = self._mounts.now()
-        ours, theirs = wire.pair()
-        with theirs:
-            try:
+        with contextlib.suppress(OSError):  # said when one is needed
+            self._mounted = self._mounts.now()
+            ours, theirs = wire.pair()
+            with contextlib.ExitStack() as failed, theirs:
+                failed.enter_context(ours)
                 wire.send(self._socket, message, [theirs.fileno()])
-            except OSError:  # said when one is needed
-                ours.close()
-            else:
+                failed.pop_all()
                 self._ahead = ours
 
     def _take_ahead(self, message: wire.Message, fds: list[int]) -> tuple[int, int] | None:
@@ -106,7 +104,7 @@ class Zygote:
             self._ahead = None
             _, fds = wire.reply_of(answer)
             os.close(fds.pop())
-            select.select(fds, [], [])
+            wire.is_ready(fds[0], None)
             wire.close_all(fds)
 
     def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:

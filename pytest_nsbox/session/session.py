@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -361,7 +360,7 @@ def _ends(pid: int, timeout: float) -> bool:
     except ProcessLookupError:  # it has been reaped, SIGCHLD being ignored here
         return True
     try:
-        return bool(select.select([pidfd], [], [], timeout)[0])
+        return wire.is_ready(pidfd, timeout)
     finally:
         os.close(pidfd)
 

@@ -89,6 +89,20 @@ class Stage:
         """Go through it, the k-th step failing: the fault, what was wrong, the error raised."""
         raise NotImplementedError
 
+    def make_ahead(self, session: Session, inits: int, containers: int) -> list[str]:
+        """Have the launcher make these while nobody waits for them; what was wrong with that."""
+        spare = 5
+        self.plan.ahead = inits + spare * bool(inits), containers + spare * bool(containers)
+        deadline = time.monotonic() + _SOON
+        while max(self.plan.ahead) > spare and time.monotonic() < deadline:
+            session.describe()  # which wakes it
+        for _ in range(3):
+            session.describe()
+        left, self.plan.ahead = self.plan.ahead, (0, 0)
+        if left != (spare * bool(inits), spare * bool(containers)):
+            return [f"made ahead, of {spare} more than wanted are left: {left}"]
+        return []
+
     def steps(self, who: int) -> int:
         """How many there are when none fails."""
         self.trial(who, _NEVER, 0)
@@ -114,10 +128,13 @@ class Build(Stage):
 
     name = "building"
     who = (faulty.LAUNCHER, faulty.ZYGOTE, faulty.INIT)
+    ahead = 0, 0  # inits and containers
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        with Session() as self.session:
+        with Session(pool=self.ahead[1]) as self.session:
+            self.session.container(**SPEC).close()
+            self.make_ahead(self.session, *self.ahead)
             self.session.container(**SPEC).close()
             assert self.session._launcher is not None
             self.launcher = self.session._launcher.pid
@@ -150,7 +167,7 @@ class Build(Stage):
 
     def usable(self) -> list[str]:
         """Whether the session is as good as new."""
-        wrong = self.left_for_good()
+        wrong = []
         try:
             with self.session.container(**SPEC) as container:
                 if container.ip != "172.27.0.2":
@@ -158,11 +175,12 @@ class Build(Stage):
                 container.run(["true"], check=True)
         except (NsboxError, OSError) as error:
             wrong.append(f"not usable: {said(error)}")
-        return wrong
+        return wrong + self.left_for_good()
 
     def trial(self, who: int, k: int, choose: int) -> tuple[Fault | None, list[str], str | None]:
         text = None
         self.plan.arm(who, k, choose)
+        wrong = self.make_ahead(self.session, *self.ahead)
         try:
             container = self.session.container(**SPEC)
         except NsboxError as error:
@@ -170,7 +188,21 @@ class Build(Stage):
         else:
             fault = self.plan.disarm()
             container.close()
-        return fault, misnamed(fault, text) + self.usable(), text
+        return fault, wrong + misnamed(fault, text) + self.usable(), text
+
+
+class ForkAhead(Build):
+    """The same where its init is forked, in namespaces of its own, before it is asked for."""
+
+    name = "with its init ahead"
+    ahead = 1, 0
+
+
+class BuildAhead(Build):
+    """The same where it is made before it is asked for."""
+
+    name = "made ahead"
+    ahead = 0, 1
 
 
 class TakeDown(Build):
@@ -281,23 +313,32 @@ class End(Begin):
 
     name = "ending a session"
     who = (faulty.LAUNCHER,)
+    ahead = 0, 0
 
     def trial(self, who: int, k: int, choose: int) -> tuple[Fault | None, list[str], str | None]:
         text = None
-        session = Session()
+        session = Session(pool=self.ahead[1])
         container: Container = session.container(**SPEC)
         container._init.close()
         os.close(container.pidfd)
+        wrong = self.make_ahead(session, *self.ahead)
         self.plan.arm(who, k, choose)
         try:
             session.close()
         except NsboxError as error:
             text = said(error)
         fault = self.plan.disarm()
-        return fault, misnamed(fault, text) + self.gone(), text
+        return fault, wrong + misnamed(fault, text) + self.gone(), text
 
 
-STAGES = (Begin, First, Build, TakeDown, End)
+class EndAhead(End):
+    """The same with one that nobody has asked for, and an init that has nothing to do yet."""
+
+    name = "ending one made ahead"
+    ahead = 1, 1
+
+
+STAGES = (Begin, First, Build, ForkAhead, BuildAhead, TakeDown, End, EndAhead)
 
 
 def go_through(

@@ -37,6 +37,7 @@ KINDS = {
     "SIGKILL pytest": True,
     "SIGKILL launcher": False,
     "SIGKILL init": True,
+    "SIGKILL init ahead": True,
     "SIGKILL zygote": True,
     "SIGKILL janitor": False,
     "SIGKILL pytest, launcher": False,
@@ -89,10 +90,13 @@ class Victim:
             and dice.random() < 0.3
         )
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
-        command = [sys.executable, "-m", "tests.chaos.victim", kind, str(self.delay)]
+        # with room for all that it uses; with a pool there is next to never an init alone ahead
+        pool = 0 if kind == "SIGKILL init ahead" else dice.choice((0, 6))
+        command = [sys.executable, "-m", "tests.chaos.victim", kind, str(self.delay), str(pool)]
         if in_pytest:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            command += [f"--basetemp={directory}/tmp", str(HERE / "suite.py")]
+            command += [f"--basetemp={directory}/tmp", f"--nsbox-pool={pool}"]
+            command += [str(HERE / "suite.py")]
             command += ["-p", "xdist", "-n2"] * (kind == "SIGKILL xdist worker")
         env = dict(os.environ)
         if plant:
@@ -162,7 +166,7 @@ class Victim:
             self.process.wait(self.dice.uniform(0, most) or 0.001)
 
     def _find(self, who: str) -> list[int]:
-        """The launcher, init, zygote, janitor or xdist worker among what descends from it."""
+        """The launcher, init, one ahead, zygote, janitor or xdist worker below it."""
         below, found = {self.process.pid}, []
         everybody = sorted(processes.all_of_them(), key=lambda process: process.start)
         for process in everybody:
@@ -202,6 +206,7 @@ def go_through(number: int, dice: random.Random, plant: str | None = None) -> Ta
     size = min(BATCH, -(-number // len(kinds)))
     before = take()
     while True:
+        print(f"{sum(tally.kills.values())} of {number} kills", file=sys.stderr, flush=True)
         for kind in kinds:
             missing = number - sum(tally.kills.values())
             if missing <= 0:

@@ -38,7 +38,7 @@ def eat() -> None:
         kept.append(bytearray(16 << 20))
 
 
-def main(kind: str, delay: float) -> None:
+def main(kind: str, delay: float, pool: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ends = {
         "os._exit": lambda: os._exit(3),
@@ -59,11 +59,11 @@ def main(kind: str, delay: float) -> None:
         timer = threading.Timer(delay, ends[kind])
         timer.daemon = True
         timer.start()
-    with Session() as session:
+    with Session(pool=pool) as session:
         # with a leak planted the kill comes when there has been time for it, however fast this is
         for _ in count() if "NSBOX_CHAOS_PLANT" in os.environ else range(10):
             live(session)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
