@@ -41,44 +41,6 @@ def test_xdist(run_pytest: Run, distribution: str) -> None:
     result.assert_outcomes(passed=5, failed=1, warnings=1)
 
 
-def test_lines_run_inside_are_in_the_report_of_pytest_cov(
-    run_pytest: Run, pytester: pytest.Pytester
-) -> None:
-    pytester.makepyfile(
-        lib="""
-        def inside():
-            a = 1
-            return a
-
-        def outside():
-            a = 1
-            return a
-
-        def never():
-            return 3
-        """
-    )
-    source = """
-        import pytest, lib
-
-        @pytest.mark.sandbox
-        def test_inside():
-            lib.inside()
-
-        def test_outside():
-            lib.outside()
-    """
-    result = run_pytest(
-        source, "-p", "pytest_cov", "--cov=lib", "--cov-report=term-missing", "--cov-context=test"
-    )
-    result.assert_outcomes(passed=2)
-    result.stdout.re_match_lines([r"lib.py +8 +1 +88% +10"])
-    result = run_pytest(
-        source, *("-p", "pytest_cov", "-p", "xdist", "-n1", "--cov=lib", "--cov-report=term")
-    )
-    result.stdout.re_match_lines([r"lib.py +8 +1 +88%"])
-
-
 def test_a_timeout_fails_at_the_line_that_took_too_long(run_pytest: Run) -> None:
     source = """
         import time, pytest

@@ -16,6 +16,7 @@ from pytest_nsbox.plugin.fixtures import (
 from pytest_nsbox.plugin.hooks import (
     pytest_runtest_makereport,
     pytest_runtest_protocol,
+    pytest_runtestloop,
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
@@ -37,6 +38,7 @@ __all__ = [
     "pytest_runtest_makereport",
     "pytest_runtest_protocol",
     "pytest_runtest_setup",
+    "pytest_runtestloop",
     "pytest_sessionfinish",
     "pytest_terminal_summary",
     "pytest_testnodedown",

@@ -28,6 +28,18 @@ def pytest_runtest_protocol(
         return (yield)
 
 
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """What bodies have measured is written before plugins read it, when the loop has ended."""
+    try:
+        return (yield)
+    finally:
+        if "pytest_nsbox.plugin.measured" in sys.modules:
+            from pytest_nsbox.plugin import measured
+
+            measured.end(session.config)
+
+
 def _reap(config: pytest.Config) -> None:
     """The bodies of tests before, but for one that has just been killed and needs a moment."""
     if "pytest_nsbox.plugin.boxes" in sys.modules:

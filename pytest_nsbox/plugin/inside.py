@@ -22,7 +22,7 @@ from _pytest.logging import caplog_records_key
 from _pytest.runner import CallInfo, check_interactive_exception
 
 from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.plugin import luggage, options, wider
+from pytest_nsbox.plugin import luggage, measured, options, wider
 from pytest_nsbox.plugin.body import Body, reporting
 from pytest_nsbox.plugin.boxes import boxes_of
 from pytest_nsbox.plugin.deadline import Deadline
@@ -34,8 +34,9 @@ from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
 from pytest_nsbox.session.inside import PATIENCE, Inside, environment
 
-# the plugins whose part in setting up and tearing down is done outside, too
-_PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin")
+# the plugins whose part in setting up and tearing down is done outside, too; the last is of
+# pytest-cov, and says for which test lines are run
+_PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin", "_cov_contexts")
 _FAREWELL = 5.0  # seconds for an interrupted body to tear down its fixtures
 
 
@@ -321,6 +322,7 @@ class _Visit:
         self._stack.callback(os.close, self._faults)
         self._deadline = Deadline(item, self._began)
         reporting(item.config)
+        measured.begin(item.config)
         body = Body(item, self.nextitem, self.original, self._faults, self._deadline)
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own

@@ -6,7 +6,6 @@ over a whole run, and what they note on the item, travels with the reports.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 from _pytest.junitxml import xml_key
+
+from pytest_nsbox.plugin import measured
 
 # of an item: what belongs to its run, or is the same on both sides
 _NOT_NOTES = frozenset(
@@ -66,6 +67,8 @@ class Pack:
         self._notes = dict(vars(item))
         self._lengths = {name: len(found) for name, found in _gathered(item).items()}
         self.ends = (item.session.shouldstop, item.session.shouldfail)
+        coverage = measured.current()
+        self._measured = None if coverage is None else measured.Notes(coverage)
         self._snapshots = None
         if getattr(item.config, "_syrupy", None) is not None:
             from pytest_nsbox.plugin.snapshots import Snapshots
@@ -90,7 +93,8 @@ class Pack:
                 for name, values in _gathered(self.item).items()
             }
             found["attributes"] = _xml_attributes(self.item)
-            found["coverage"] = _measured()
+            if self._measured is not None:
+                found["measured"] = self._measured.close()
             if self._snapshots is not None:
                 found["snapshots"] = self._snapshots.close()
         return found
@@ -148,8 +152,8 @@ def unpack(item: Any, found: dict[str, Any]) -> None:
     xml = item.config.stash.get(xml_key, None)
     for name, value in found.get("attributes", {}).items():
         xml.node_reporter(item.nodeid).add_attribute(name, value)
-    if found.get("coverage"):
-        _add_measured(found["coverage"])
+    if found.get("measured"):
+        measured.add(item.config, found["measured"])
     if found.get("snapshots"):
         from pytest_nsbox.plugin import snapshots
 
@@ -197,25 +201,3 @@ def _xml_attributes(item: Any) -> dict[str, Any]:
     if xml is None:
         return {}
     return dict(xml.node_reporter(item.nodeid).attrs)
-
-
-def _measured() -> bytes | None:
-    """The lines that have run here, as coverage.py has them."""
-    coverage = sys.modules.get("coverage")
-    current = None if coverage is None else coverage.Coverage.current()
-    if current is None:
-        return None
-    current.stop()
-    data: bytes = current.get_data().dumps()
-    return data
-
-
-def _add_measured(data: bytes) -> None:
-    coverage = sys.modules["coverage"]
-    current = coverage.Coverage.current()
-    if current is None:
-        return
-    measured = coverage.CoverageData(no_disk=True)
-    measured.loads(data)
-    with contextlib.closing(measured):
-        current.get_data().update(measured)
