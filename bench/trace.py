@@ -79,7 +79,7 @@ def _launch() -> None:
     from pytest_nsbox.init import setup
     from pytest_nsbox.init.confine import Confinement
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
-    from pytest_nsbox.launcher import zygote
+    from pytest_nsbox.launcher import tree, zygote
 
     notes = Notes(os.environ[_FILE])
     places = _places()
@@ -106,14 +106,14 @@ def _launch() -> None:
                 text = place.sub(name, text)
             notes.add(text, began)
 
-    setup.mounts.run = run  # type: ignore[attr-defined]
+    mounts.run = run
     wrap(cgroup_files, "mkdir", "mkdir cgroup")
     wrap(cgroup_files, "write", "write cgroup")
     wrap(netlink.Netlink, "send", "netlink")
     wrap(zygote.Zygote, "fork_init", "zygote: fork, or hand over the plan")
     wrap(setup, "_isolate", "unshare")
     wrap(setup, "_join", "join the cgroups")
-    wrap(setup, "_file_tree", "plan the mounts")
+    wrap(tree.Planner, "file_tree", "plan the mounts")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pytest_nsbox.kernel import listing, processes
-from pytest_nsbox.kernel.namespaces import entered
+from pytest_nsbox.kernel.namespaces import Home
 
 MARK = "NSBOX_TEST_RUN"
 # an emulated machine is that slow; and a body orphaned by its pytest is reaped by the machine's
@@ -74,7 +74,7 @@ def _network() -> dict[str, set[str]]:
         with contextlib.suppress(OSError):  # it has just gone
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                with entered("net", fd):
+                with Home(["net"]) as home, home.away({"net": fd}):
                     for name, lines in parts.items():
                         where = "" if namespace == own else f" in {namespace}"
                         # link-local ones come by themselves, a while after a link is up

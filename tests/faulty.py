@@ -225,7 +225,7 @@ def main() -> None:
         real_send(self, requests)
 
     netlink.Netlink.send = send  # type: ignore[method-assign]
-    real_run = mounts.run
+    real_run, real_init = mounts.run, zygote.run_init
 
     class Failing:
         def __init__(self, real: mounts.Step) -> None:
@@ -239,16 +239,12 @@ def main() -> None:
     def run(steps: Iterable[mounts.Step]) -> None:
         real_run(Failing(each) for each in steps)
 
-    def as_an_init(begin: Callable[..., None]) -> Callable[..., None]:
-        def begun(*args: Any) -> None:
-            inits.add(os.getpid())
-            begin(*args)
-
-        return begun
+    def run_init(*args: Any) -> None:
+        inits.add(os.getpid())
+        real_init(*args)
 
     mounts.run = run
-    for name in ("run_init", "await_plan"):
-        setattr(zygote, name, as_an_init(getattr(zygote, name)))
+    zygote.run_init = run_init  # type: ignore[assignment]
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
 
 

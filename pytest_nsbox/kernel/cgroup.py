@@ -34,8 +34,9 @@ class Cgroup(Protocol):
         An `update` or `freeze` on v1 may add one, so ask anew for each entry.
         """
 
-    def hierarchies(self) -> list[str]:
-        """v1: the mount option ("cpu,cpuacct") of every hierarchy used; v2: empty."""
+    def hierarchies(self) -> dict[str, str]:
+        """Its directories: v1's by the mount option ("cpu,cpuacct") of each hierarchy used; v2's
+        by an empty name."""
 
     def update(self, limits: Limits) -> None:
         """Change the limits that are not None. `memory` alone leaves the limit on swap.

@@ -138,12 +138,12 @@ class CgroupV1:
         # which costs everybody an RCU grace period
         return [path + "/tasks" for path in self._paths]
 
-    def hierarchies(self) -> list[str]:
+    def hierarchies(self) -> dict[str, str]:
         by_parent: dict[str, list[str]] = {}
         for controller, parent in sorted(self._driver.parents.items()):
             by_parent.setdefault(parent, []).append(controller)
         suffix = f"/{self._driver.name}/{self._name}"
-        return [",".join(by_parent[path.removesuffix(suffix)]) for path in self._paths]
+        return {",".join(by_parent[path.removesuffix(suffix)]): path for path in self._paths}
 
     def update(self, limits: Limits) -> None:
         self._driver.check(limits)

@@ -223,8 +223,8 @@ class CgroupV2:
     def procs_files(self) -> list[str]:
         return [self.path + "/cgroup.procs"]
 
-    def hierarchies(self) -> list[str]:
-        return []
+    def hierarchies(self) -> dict[str, str]:
+        return {"": self.path}
 
     def update(self, limits: Limits) -> None:
         self._driver.enable(limits)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import re
-import select
 import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from pytest_nsbox.kernel import libc, userns
+from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel.files import (
+    CopyEntry,
+    LikeDir,
+    MakeDir,
+    MakeFile,
+    MakeSymlink,
+    OwnFile,
+    copy_owner,
+    make_mount_point,
+)
 from pytest_nsbox.kernel.libc import (
     MNT_DETACH,
     MS_BIND,
+    MS_MOVE,
     MS_NODEV,
     MS_NOEXEC,
     MS_NOSUID,
@@ -48,6 +56,21 @@ def run(steps: Iterable[Step]) -> None:
             raise OSError(error.errno, text) from error
 
 
+def build(steps: Sequence[Step]) -> list[int]:
+    """Take the steps to a file tree, of which the last is to let go of where it was built; returns
+    a descriptor of that, and of each of its OwnFiles. There is no other way to them afterwards."""
+    run(steps[:-1])
+    fds = [os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+    try:
+        fds += [step.open() for step in steps if isinstance(step, OwnFile)]
+        run(steps[-1:])
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
 @dataclass(frozen=True)
 class Mount:
     """mount(2)."""
@@ -63,6 +86,35 @@ class Mount:
 
     def do(self) -> None:
         libc.mount(self.source, self.target, self.fstype, self.flags, self.data)
+
+
+@dataclass(frozen=True)
+class MoveMount:
+    """Have what is mounted at `source` at `target` instead."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"move {self.source} to {self.target}"
+
+    def do(self) -> None:
+        libc.mount(self.source, self.target, None, MS_MOVE)
+
+
+@dataclass(frozen=True)
+class TmpfsAt:
+    """A tmpfs on a directory that is made where it does not exist."""
+
+    target: str
+    data: str
+
+    def describe(self) -> str:
+        return f"mount tmpfs on {self.target}"
+
+    def do(self) -> None:
+        os.makedirs(self.target, exist_ok=True)
+        libc.mount("tmpfs", self.target, "tmpfs", MS_NOSUID | MS_NODEV, self.data)
 
 
 @dataclass(frozen=True)
@@ -200,103 +252,6 @@ class CopyFile:
 
 
 @dataclass(frozen=True)
-class CopyEntry:
-    """A copy of a file, link or the like of a snapshot, which is not to be written to itself."""
-
-    source: str
-    target: str
-
-    def describe(self) -> str:
-        return f"copy {self.source} to {self.target}"
-
-    def do(self) -> None:
-        found = os.lstat(self.source)
-        if stat.S_ISREG(found.st_mode):
-            shutil.copyfile(self.source, self.target)
-            copy_owner(self.source, self.target)
-            os.utime(self.target, ns=(found.st_atime_ns, found.st_mtime_ns))
-            return
-        if stat.S_ISLNK(found.st_mode):
-            os.symlink(os.readlink(self.source), self.target)
-        else:
-            os.mknod(self.target, found.st_mode, found.st_rdev)
-        os.chown(self.target, found.st_uid, found.st_gid, follow_symlinks=False)
-
-
-@dataclass(frozen=True)
-class MakeDir:
-    """mkdir(2), with its parents, and exactly this mode. One that exists is left as it is."""
-
-    path: str
-    mode: int = 0o755
-
-    def describe(self) -> str:
-        return f"mkdir {self.path}"
-
-    def do(self) -> None:
-        try:
-            os.mkdir(self.path, self.mode)
-        except FileExistsError:
-            return
-        except FileNotFoundError:
-            os.makedirs(self.path, exist_ok=True)
-        os.chmod(self.path, self.mode)
-
-
-@dataclass(frozen=True)
-class LikeDir:
-    """A directory with the owner and mode of another, where there is that other."""
-
-    path: str
-    like: str
-
-    def describe(self) -> str:
-        return f"mkdir {self.path} like {self.like}"
-
-    def do(self) -> None:
-        os.makedirs(self.path, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            copy_owner(self.like, self.path)
-
-
-@dataclass(frozen=True)
-class WriteFile:
-    """A file with this text; None of it reaches what was there before."""
-
-    path: str
-    text: str = ""
-    mode: int = 0o644
-
-    def describe(self) -> str:
-        return f"write {self.path}"
-
-    def do(self) -> None:
-        fd = self.open(os.O_CREAT | os.O_TRUNC)
-        try:
-            os.write(fd, self.text.encode())
-        finally:
-            os.close(fd)
-
-    def open(self, flags: int = 0) -> int:
-        """A descriptor to write to it."""
-        return os.open(self.path, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, self.mode)
-
-
-@dataclass(frozen=True)
-class MakeSymlink:
-    """symlink(2)."""
-
-    target: str
-    path: str
-
-    def describe(self) -> str:
-        return f"symlink {self.path} to {self.target}"
-
-    def do(self) -> None:
-        os.symlink(self.target, self.path)
-
-
-@dataclass(frozen=True)
 class ReadOnly:
     """Make a mount read-only, or with `bind` a part of one, by a mount of its own on itself; a
     missing path needs nothing."""
@@ -370,36 +325,6 @@ def escape(path: str) -> str:
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
 
 
-def copy_owner(source: str, target: str) -> None:
-    """Give `target` the owner and the mode of `source`."""
-    found = os.stat(source)
-    owner = (found.st_uid, found.st_gid)
-    if owner != (os.geteuid(), os.getegid()) and not _is_nobodys(*owner):
-        with contextlib.suppress(PermissionError):
-            os.chown(target, *owner)
-    os.chmod(target, found.st_mode & 0o7777)
-
-
-def _is_nobodys(uid: int, gid: int) -> bool:
-    """Whether an owner is one that the user namespace does not map: root's copy is root's."""
-    return not userns.is_complete() and (
-        uid == userns.overflow_ids()[0] or gid == userns.overflow_ids()[1]
-    )
-
-
-def make_mount_point(path: str, directory: bool) -> None:
-    """Make sure that there is something at `path` to mount on."""
-    if directory:
-        os.makedirs(path, exist_ok=True)
-        return
-    flags = os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-    try:
-        os.close(os.open(path, flags, 0o644))
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.close(os.open(path, flags, 0o644))
-
-
 def locked_flags(path: str) -> int:
     """The flags that the mount at `path` has now."""
     found = os.statvfs(path).f_flag
@@ -407,54 +332,32 @@ def locked_flags(path: str) -> int:
     return found & (MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
-@dataclass(frozen=True)
-class MountPoint:
-    """One line of /proc/PID/mountinfo (proc(5))."""
+_STEPS: tuple[type[Any], ...] = (
+    BindMount,
+    CopyEntry,
+    CopyFile,
+    LikeDir,
+    MakeDir,
+    MakeFile,
+    MakeSymlink,
+    Mount,
+    MoveMount,
+    Overlay,
+    OwnFile,
+    PivotRoot,
+    ReadOnly,
+    SetSysctl,
+    SubOverlay,
+    TmpfsAt,
+)
+_BY_NAME = {kind.__name__: kind for kind in _STEPS}
 
-    path: str
-    fstype: str
-    read_only: bool
+
+def to_wire(steps: Iterable[Step]) -> list[Any]:
+    """Steps as plain data, for another process to take."""
+    return [[type(step).__name__, vars(step)] for step in steps]
 
 
-def mount_points() -> list[MountPoint]:
-    """What is mounted in this mount namespace, outermost first, each path once."""
-    found: dict[str, MountPoint] = {}
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            before, after = line.split(" - ", 1)
-            path, options = before.split(" ")[4:6]
-            if "\\" in path:
-                path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
-            found[path] = MountPoint(path, after.split(" ", 1)[0], options.split(",")[0] == "ro")
-    return sorted(found.values(), key=lambda mount: mount.path)
-
-
-class MountWatch:
-    """The mount points, read again only when the kernel says that they have changed.
-
-    A mountinfo that is held open polls as an exception after a change (proc_pid_mountinfo(5)).
-    """
-
-    def __init__(self) -> None:
-        self._fd = -1
-        self._pid = 0
-        self._found: list[MountPoint] = []
-
-    def now(self) -> list[MountPoint]:
-        """What is mounted, the same object until that changes. A forked child is given what its
-        parent knew."""
-        if self._pid and self._pid != os.getpid():
-            return self._found
-        if self._fd < 0:
-            self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-            self._pid = os.getpid()
-        elif self._found and not self._changed():
-            return self._found
-        self._found = []  # a change is told once, and reading may fail
-        self._found = mount_points()
-        return self._found
-
-    def _changed(self) -> bool:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLPRI)
-        return bool(poll.poll(0))
+def from_wire(rows: Iterable[Any]) -> list[Step]:
+    """The steps that `to_wire` has made data of."""
+    return [_BY_NAME[name](**fields) for name, fields in rows]

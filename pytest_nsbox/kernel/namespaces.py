@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from pytest_nsbox.kernel import libc
 
@@ -26,18 +27,58 @@ def open_namespace(kind: str, pid: int | str = "self") -> int:
     return os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-@contextlib.contextmanager
-def entered(kind: str, fd: int) -> Iterator[None]:
-    """Be in another namespace for a while; not for those that cannot be left again."""
-    own = open_namespace(kind)
-    try:
-        libc.setns(fd, FLAGS[kind])
+class Home(contextlib.AbstractContextManager["Home"]):
+    """The namespaces that the calling process is in, so that it finds back from a visit; made by
+    who is at home. Only for kinds that can be left again, and in a process of one thread."""
+
+    def __init__(self, kinds: Iterable[str]) -> None:
+        self._namespaces = {kind: open_namespace(kind) for kind in kinds}
+        # who enters a mount namespace is at its root, whatever its own is and was (setns(2))
+        place = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self._root, self._directory = os.open("/", place), os.open(".", place)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for fd in (*self._namespaces.values(), self._root, self._directory):
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def away(self, namespaces: Mapping[str, int], root: int | None = None) -> Iterator[None]:
+        """Be in others for a while: a descriptor of each by its kind, and of the root to have in
+        that of mounts."""
+        entered = []
         try:
+            for kind, fd in namespaces.items():
+                entered.append(kind)
+                libc.setns(fd, FLAGS[kind])
+            if root is not None:
+                _be_at(root)
             yield
         finally:
-            libc.setns(own, FLAGS[kind])
-    finally:
-        os.close(own)
+            self._return(entered, root is not None)
+
+    def _return(self, kinds: Iterable[str], to_root: bool) -> None:
+        try:
+            for kind in kinds:
+                return_to(self._namespaces[kind], FLAGS[kind])
+            if to_root:
+                _be_at(self._root)
+                os.fchdir(self._directory)
+        except OSError:  # astray, it would do to the wrong files what it does next
+            signal.raise_signal(signal.SIGKILL)
+
+
+def _be_at(root: int) -> None:
+    os.fchdir(root)
+    os.chroot(".")
+
+
+def return_to(own: int, flag: int) -> None:
+    """To the namespace that a process belongs in. It is lost where that fails, so what a kernel
+    short of memory refuses is tried again."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            return libc.setns(own, flag)
+    return libc.setns(own, flag)
 
 
 def set_uptime(seconds: float) -> None:

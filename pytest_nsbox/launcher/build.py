@@ -5,33 +5,34 @@ taking down is that list backwards."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
-from pytest_nsbox.init.setup import InitPlan
-from pytest_nsbox.kernel import cgroup, libc, link
+from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.init.setup import Kind
+from pytest_nsbox.kernel import cgroup, libc, link, mounts
 from pytest_nsbox.kernel.cgroup import Cgroup
+from pytest_nsbox.kernel.files import OwnFile
 from pytest_nsbox.kernel.inode_flags import spread
-from pytest_nsbox.kernel.mounts import mount_points
-from pytest_nsbox.kernel.namespaces import entered
+from pytest_nsbox.kernel.mountinfo import mount_points
+from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.kernel.netlink import Netlink, Request
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
+from pytest_nsbox.launcher.tree import Ground, Planner, places
 from pytest_nsbox.launcher.undo import Undo
-from pytest_nsbox.launcher.zygote import Zygote
+from pytest_nsbox.launcher.zygote import InitFailed, Zygote
 from pytest_nsbox.model.limits import Limits, Stats
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.place import Place
@@ -58,6 +59,9 @@ class Container:
     alive: bool = False
     reason: str = ""  # why it died, where that is known
     last: Stats | None = None  # taken before it was killed
+    namespaces: dict[str, int] = field(default_factory=dict)  # to visit it, while it is built
+    root: int = -1  # init's own root in its mount namespace, when that was new
+    own_fds: dict[str, int] = field(default_factory=dict)  # path: to write what is below
     places: list[Place] = field(default_factory=list)  # where it can write
     scratch: int = -1  # the root of the filesystem in memory that keeps what it writes
     paused: bool = False  # as the session has asked for
@@ -119,6 +123,8 @@ class Workshop:
     layers: Path
     zygote: Zygote
     janitor: Janitor
+    home: Home
+    planner: Planner = field(default_factory=Planner)
     no_cgroups: str = ""  # why there are none
     rootless: bool = False  # every mount is made in a user namespace
     cover: str | None = None  # rootless: the directory laid over the host's root
@@ -134,15 +140,22 @@ def begin(id: int, order: Order, workshop: Workshop) -> Container:
     container = Container(id, order, Undo())
     with _or_nothing(container):
         _limit(container, workshop)
-        plan = InitPlan(
-            order=_bounded(order),
-            userns=order.userns or workshop.rootless,
+        ground = Ground(
             layer=_layer_on_disk(container, workshop),
+            size=_size(order),
+            cgroups={} if container.cgroup is None else container.cgroup.hierarchies(),
+            in_userns=order.userns or workshop.rootless,
             cover=_cover(order, workshop),
-            cgroups=None if container.cgroup is None else tuple(container.cgroup.hierarchies()),
         )
-        _check_snapshot(plan)
-        _fork(container, plan, workshop.zygote)
+        _check_snapshot(order, ground)
+        steps = workshop.planner.file_tree(order, ground)
+        _fork(container, steps if ground.in_userns else None, workshop)
+        container.places = [*places(steps, ground.layer, order)]
+        container.own_files = {step.name: "" for step in steps if isinstance(step, OwnFile)}
+        if not ground.in_userns:
+            _await_apart(container)
+            with workshop.home.away(container.namespaces, container.root):
+                _hold(container, mounts.build(steps))
     return container
 
 
@@ -150,10 +163,11 @@ def finish(
     container: Container,
     order: Order,
     joiners: Iterable[Joiner],
+    home: Home,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Make a container that has been begun the one that is ordered. `meanwhile` is done when it
-    has its addresses, while it mounts.
+    has its addresses.
 
     Raises an NsboxError, and leaves nothing of it, when a step fails.
     """
@@ -163,14 +177,38 @@ def finish(
             interface = join()
             container.interfaces.append(interface)
             container.undo.push(f"give back {interface.ip}", interface.leave)
-        _wire(container)
+        if not container.namespaces:
+            _await_apart(container)
+        _wire(container, home)
         meanwhile()
-        ready, (container.scratch, *own_files) = _await(container, "ready")
-        container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
-        _write_own_files(container, dict(zip(ready["files"], own_files, strict=True)))
-        container.places = [Place.from_wire(row) for row in ready["places"]]
+        _, fds = _await(container, "ready")
+        if fds:
+            _hold(container, fds)
+        _write_own_files(container)
         for interface in container.interfaces:
             interface.bridge.hub.netlink.settle(interface.port)
+
+
+def _await_apart(container: Container) -> None:
+    """Until it has namespaces of its own, and has handed out what they are visited by."""
+    message, fds = _await(container, "apart")
+    container.namespaces = dict(zip(message["of"], fds, strict=True))
+    container.root = container.namespaces.pop("root")
+    container.undo.push("close its namespaces", lambda: _leave_alone(container))
+
+
+def _leave_alone(container: Container) -> None:
+    """No more visits."""
+    wire.close_all([*container.namespaces.values(), container.root])
+    container.namespaces, container.root = {}, -1
+
+
+def _hold(container: Container, fds: list[int]) -> None:
+    """Of the tree, to reach what it writes; by the ways that `mounts.build` gives."""
+    container.scratch, *own = fds
+    container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
+    container.own_fds = dict(zip(container.own_files, own, strict=True))
+    container.undo.push("close its files", lambda: wire.close_all(container.own_fds.values()))
 
 
 @contextlib.contextmanager
@@ -215,10 +253,9 @@ def departed(container: Container) -> int:
     return sum(interface.bridge.departed for interface in container.interfaces)
 
 
-def _check_snapshot(plan: InitPlan) -> None:
+def _check_snapshot(order: Order, ground: Ground) -> None:
     """What is written to the host's root is kept by directory in a user namespace."""
-    order = plan.order
-    if order.frozen and not order.layers and order.by_directory != plan.userns:
+    if order.frozen and not order.layers and order.by_directory != ground.in_userns:
         taken = "with" if order.by_directory else "without"
         raise UnsupportedError(
             f"the snapshot of the host's root is of a container {taken} userns=True; "
@@ -293,12 +330,12 @@ def _holds_layers(directory: Path) -> bool:
     return max(over, key=lambda mount: len(mount.path)).fstype not in ("overlay", "tmpfs")
 
 
-def _bounded(order: Order) -> Order:
+def _size(order: Order) -> int | None:
     """Where memory is limited, a large file has to fail by ENOSPC on what is a tmpfs, /run at
     least, before the container is killed for it; the other half is for its processes."""
     if order.disk is not None or order.limits.memory is None:
-        return order
-    return dataclasses.replace(order, disk=order.limits.memory // 2)
+        return order.disk
+    return order.limits.memory // 2
 
 
 def _inside_requests(container: Container) -> list[Request]:
@@ -314,54 +351,55 @@ def _inside_requests(container: Container) -> list[Request]:
     return requests
 
 
-def _fork(container: Container, plan: InitPlan, zygote: Zygote) -> None:
-    """Have PID 1 forked, or one that was forked ahead begin."""
+def _fork(container: Container, steps: Sequence[mounts.Step] | None, workshop: Workshop) -> None:
+    """Have PID 1 forked, or one that was forked ahead begin; it takes `steps` itself, if any."""
+    order = container.order
+    kind = Kind(
+        network=order.own_network,
+        uptime=order.uptime,
+        own_userns=order.userns,
+        in_userns=order.userns or workshop.rootless,
+        capabilities=None if order.privileged else order.capabilities,
+    )
     with contextlib.ExitStack() as opened:
-        ours, launcher_end = wire.pair()
-        opened.enter_context(launcher_end)
-        container.init = ours
-        container.undo.push("close init's socket", ours.close)
         container.line, init_end = wire.pair()
         opened.enter_context(init_end)
         container.undo.push("close the session's line", container.line.close)
-        fds = [launcher_end.fileno(), init_end.fileno()]
+        fds = [init_end.fileno()]
         if container.cgroup is not None:
             for path in container.cgroup.procs_files():
                 fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
                 opened.callback(os.close, fds[-1])
+        message = {} if steps is None else {"steps": mounts.to_wire(steps)}
         try:
-            container.pid, container.pidfd = zygote.fork_init(plan, fds)
-        except ContainerDied:
-            raise SetupError("the process that inits are forked from has ended") from None
-        except SetupError:
-            _raise_last_word(container)  # it may have failed before it could be got hold of
-            raise
+            init = workshop.zygote.fork_init(kind, message, fds)
+        except InitFailed as error:
+            raise _init_failed(order, *error.args) from None
+    container.pid, container.pidfd, container.init = init.pid, init.pidfd, init.line
     container.alive = True
+    container.undo.push("close init's socket", init.line.close)
     container.undo.push("close pidfd", lambda: os.close(container.pidfd))
     container.undo.push("reap init", container.reap)
     container.undo.push("kill init", lambda: container.kill("stopped"))
-    ours.settimeout(_PATIENCE)
+    init.line.settimeout(_PATIENCE)
 
 
-def _wire(container: Container) -> None:
-    """Give it its name and connect it with its networks, while init mounts."""
-    order = container.order
-    _, (uts, *network) = _await(container, "apart")
-    with contextlib.ExitStack() as opened:
-        opened.callback(wire.close_all, [uts, *network])
-        with entered("uts", uts):
-            libc.sethostname(order.hostname)
-        if network:
-            netns, inside = network
+def _wire(container: Container, home: Home) -> None:
+    """Give it its name and connect it with its networks."""
+    namespaces = {name: fd for name, fd in container.namespaces.items() if name in ("uts", "net")}
+    netns = namespaces.get("net")
+    with home.away(namespaces):
+        libc.sethostname(container.order.hostname)
+        if netns is not None:
             for number, interface in enumerate(container.interfaces):
                 hub = interface.bridge.hub
                 hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, netns))
-            netlink = Netlink.adopt(os.dup(inside))
-            opened.callback(netlink.close)
-            netlink.send(_inside_requests(container))
+            with contextlib.closing(Netlink()) as netlink:
+                netlink.send(_inside_requests(container))
+    _leave_alone(container)
 
 
-def _write_own_files(container: Container, own_files: dict[str, int]) -> None:
+def _write_own_files(container: Container) -> None:
     order = container.order
     hosts = names.hosts(known_names(container), order.hosts)
     container.own_files = {
@@ -372,17 +410,16 @@ def _write_own_files(container: Container, own_files: dict[str, int]) -> None:
             next((i.bridge.hub.name_server for i in container.interfaces), None),
         ),
     }
-    container.hosts_fd = own_files[names.HOSTS]
-    container.undo.push("close its hosts", lambda: os.close(container.hosts_fd))
     container.hosts, container.hosts_size = [hosts.encode()], len(hosts.encode())
     container.departed = departed(container)
-    try:
-        for name, fd in own_files.items():
-            text = container.own_files.get(name, hosts).encode()
-            if os.write(fd, text) < len(text):
-                raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
-    finally:
-        wire.close_all(fd for name, fd in own_files.items() if name != names.HOSTS)
+    for name, fd in container.own_fds.items():
+        text = container.own_files.get(name, hosts).encode()
+        if os.write(fd, text) < len(text):
+            raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
+    container.hosts_fd = container.own_fds.pop(names.HOSTS)
+    container.undo.push("close its hosts", lambda: os.close(container.hosts_fd))
+    wire.close_all(container.own_fds.values())
+    container.own_fds = {}
 
 
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
@@ -405,17 +442,6 @@ def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
     if message.get("op") != what:
         raise OSError(71, f"init says {message!r} instead of {what!r}")
     return message, fds
-
-
-def _raise_last_word(container: Container) -> None:
-    """Raise what init has failed with, if it has said so and ended."""
-    assert container.init is not None
-    with contextlib.suppress(BlockingIOError, ConnectionResetError, ValueError):
-        while received := wire.receive(container.init, flags=socket.MSG_DONTWAIT):
-            message, fds = received
-            wire.close_all(fds)
-            if "error" in message:
-                raise _init_failed(container.order, message["error"])
 
 
 def _init_failed(order: Order, error: wire.Message) -> NsboxError:

@@ -16,7 +16,7 @@ import stat
 from collections import deque
 from pathlib import Path
 
-from pytest_nsbox.kernel.mounts import mount_points
+from pytest_nsbox.kernel.mountinfo import mount_points
 from pytest_nsbox.kernel.userns import overflow_ids
 
 _DEEPEST = 4  # /usr/lib/python3/dist-packages

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pytest_nsbox.errors import NsboxError
-from pytest_nsbox.kernel.mounts import MountWatch
+from pytest_nsbox.kernel.mountinfo import MountWatch
 from pytest_nsbox.launcher.build import Container
 from pytest_nsbox.model.order import Order
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from pytest_nsbox.errors import (
     UnsupportedError,
 )
 from pytest_nsbox.kernel import cgroup
+from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import (
     UNTIL_DEAD,
     Container,
+    Joiner,
     Workshop,
     begin,
     finish,
@@ -89,8 +92,15 @@ class Launcher:
         self.layer_cache = rootfs.LayerCache(cache / standing.cache_name)
         self.host = Host()
         self.host_ports = HostPorts(zygote)
+        self.networks = Networks(self.host, self.undo, self.options["subnet"])
         self.workshop = Workshop(
-            None, self.ledger, cache / "writable", zygote, janitor, rootless=standing.rootless
+            None,
+            self.ledger,
+            cache / "writable",
+            zygote,
+            janitor,
+            Home(("mnt", "ipc", "uts", "net")),
+            rootless=standing.rootless,
         )
         try:
             driver = cgroup.detect(self.ledger.name)
@@ -102,7 +112,6 @@ class Launcher:
         except UnsupportedError as error:
             why = self.options["no_scope"]
             self.workshop.no_cgroups = str(error) + (f" ({why})" if why else "")
-        self.networks = Networks(self.host, self.undo, self.options["subnet"])
         self.way_out = WayOut(self.host, standing, self.ledger, self.options["uplink"])
         self.networks.way_out = self.way_out
         self.undo.push("close the way out", self.way_out.close)
@@ -257,14 +266,18 @@ class Launcher:
         container = self.pool.take(kind)
         if container is not None:
             try:
-                finish(container, order, joiners, lambda: self._introduce(container))
+                self._finish(container, order, joiners)
                 return container
             except NsboxError as error:  # a new one is built, or fails and says why
                 if getattr(error, "__notes__", ()):  # it could not be undone
                     self.late.append(error)
         built = self._begin(order)
-        finish(built, order, joiners, lambda: self._introduce(built))
+        self._finish(built, order, joiners)
         return built
+
+    def _finish(self, container: Container, order: Order, joiners: Iterable[Joiner]) -> None:
+        home = self.workshop.home
+        finish(container, order, joiners, home, lambda: self._introduce(container))
 
     def _introduce(self, container: Container) -> None:
         tell_neighbours(container, self.containers.values())

@@ -11,14 +11,40 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Callable
-from typing import NoReturn
+from dataclasses import dataclass
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import NsboxError, UnsupportedError
-from pytest_nsbox.init.setup import InitPlan, await_plan, run_init
+from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.init.setup import Kind, run_init
 from pytest_nsbox.kernel import libc, namespaces, processes, userns
-from pytest_nsbox.kernel.mounts import MountWatch
+from pytest_nsbox.kernel.mountinfo import MountWatch
+
+
+class InitFailed(Exception):
+    """What an init has said before it ended; its argument is as `wire.dump_error` has it."""
+
+
+@dataclass
+class Init:
+    """One that has been forked."""
+
+    pid: int
+    pidfd: int
+    line: socket.socket  # the launcher's to it
+
+    def close(self) -> None:
+        self.line.close()
+        os.close(self.pidfd)
+
+
+@dataclass
+class _Ahead:
+    """One that is being forked before it is asked for."""
+
+    kind: Kind
+    line: socket.socket
+    answer: socket.socket  # where the zygote says that it is there
+    mounted: object  # what was on the host when it was asked for: it has a copy of that
 
 
 class Zygote:
@@ -27,10 +53,9 @@ class Zygote:
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self._pid = pid
         self._socket = sock
-        self._last: InitPlan | None = None
-        self._ahead: socket.socket | None = None  # what tells of the init forked ahead
+        self._last: Kind | None = None
+        self._ahead: _Ahead | None = None
         self._mounts = MountWatch()
-        self._mounted: object = None  # what was on the host when that was asked for
 
     @classmethod
     def start(cls) -> Zygote:
@@ -45,67 +70,83 @@ class Zygote:
         theirs.close()
         return cls(pid, ours)
 
-    def fork_init(self, plan: InitPlan, fds: list[int]) -> tuple[int, int]:
-        """A new PID 1; returns its pid and a pidfd. `fds` are the sockets to launcher and
-        session, then the cgroup.procs files. Raises SetupError."""
-        self._last = plan
-        message = {"plan": plan.to_wire()}
-        if _may_be_ahead(plan) and (found := self._take_ahead(message, fds)) is not None:
-            return found
-        reply, received = wire.request(self._socket, message, fds)
-        return int(reply["pid"]), received[0]
+    def fork_init(self, kind: Kind, order: wire.Message, fds: list[int]) -> Init:
+        """A new PID 1 that is isolated, says so, and goes on with `order`. Raises SetupError, or
+        InitFailed."""
+        self._last = kind
+        init = self._take_ahead(kind)
+        if init is not None:
+            try:
+                wire.send(init.line, order, fds)
+                return init
+            except OSError:  # somebody has killed it
+                init.close()
+        line, theirs = wire.pair()
+        try:
+            with theirs:
+                wire.send(line, order, fds)  # it finds that there when it comes to it
+                message = {"kind": kind.to_wire()}
+                reply, (pidfd,) = wire.request(self._socket, message, [theirs.fileno()])
+        except SetupError:
+            word = _last_word(line)  # it may have failed before it could be got hold of
+            if word is not None:
+                raise InitFailed(word) from None
+            raise
+        except ContainerDied:
+            raise SetupError("the process that inits are forked from has ended") from None
+        return Init(int(reply["pid"]), pidfd, line)
 
     def may_fork_ahead(self) -> bool:
         """Whether the next init is likely to be one like the last, and is not there yet."""
-        return self._last is not None and self._ahead is None and _may_be_ahead(self._last)
+        last = self._last
+        # one with clocks of its own would have begun to count
+        return self._ahead is None and last is not None and last.uptime is None
 
     def fork_ahead(self) -> None:
         """Have the next init forked, and in namespaces of its own, before it is asked for. Does
         not wait for it."""
         if self._last is None:
             return
-        message = {"plan": self._last.to_wire(), "ahead": True}
-        self._last = None
-        with contextlib.suppress(OSError):  # said when one is needed
-            self._mounted = self._mounts.now()
-            ours, theirs = wire.pair()
-            with contextlib.ExitStack() as failed, theirs:
-                failed.enter_context(ours)
-                wire.send(self._socket, message, [theirs.fileno()])
-                failed.pop_all()
-                self._ahead = ours
+        kind, self._last = self._last, None
+        message = {"kind": kind.to_wire()}
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # said when needed
+            mounted = self._mounts.now()
+            (answer, answers), (line, theirs) = wire.pair(), wire.pair()
+            with answers, theirs:
+                opened.enter_context(answer)
+                opened.enter_context(line)
+                wire.send(self._socket, message, [answers.fileno(), theirs.fileno()])
+            opened.pop_all()
+            self._ahead = _Ahead(kind, line, answer, mounted)
 
-    def _take_ahead(self, message: wire.Message, fds: list[int]) -> tuple[int, int] | None:
-        """The one forked ahead, now with a plan; None where it will not do."""
-        if self._ahead is None:
+    def _take_ahead(self, kind: Kind) -> Init | None:
+        """The one forked ahead; None where it will not do."""
+        ahead = self._ahead
+        if ahead is None:
             return None
-        if self._mounted is not self._mounts.now():  # it has another mount namespace's copy
+        if ahead.kind != kind or ahead.mounted is not self._mounts.now():
             self._end_ahead()
             return None
-        with self._ahead as answer:
-            self._ahead = None
+        self._ahead = None
+        with ahead.answer:
             try:
-                reply, (pidfd, sock) = wire.reply_of(answer)
+                reply, (pidfd,) = wire.reply_of(ahead.answer)
             except NsboxError:  # the same will happen again, and be said
+                ahead.line.close()
                 return None
-        with socket.socket(fileno=sock) as init:
-            try:
-                wire.send(init, message, fds)
-            except OSError:  # somebody has killed it
-                os.close(pidfd)
-                return None
-        return int(reply["pid"]), pidfd
+        return Init(int(reply["pid"]), pidfd, ahead.line)
 
     def _end_ahead(self) -> None:
-        """Without a plan it ends; wait until it has."""
-        if self._ahead is None:
+        """Without an order it ends; wait until it has."""
+        if (ahead := self._ahead) is None:
             return
-        with self._ahead as answer, contextlib.suppress(NsboxError):
-            self._ahead = None
-            _, fds = wire.reply_of(answer)
-            os.close(fds.pop())
-            wire.is_ready(fds[0], None)
-            wire.close_all(fds)
+        self._ahead = None
+        with ahead.answer, contextlib.suppress(NsboxError):
+            _, (pidfd,) = wire.reply_of(ahead.answer)
+            ahead.line.close()
+            wire.is_ready(pidfd, None)
+            os.close(pidfd)
+        ahead.line.close()
 
     def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:
         """A process that forwards to a port of the host's loopback; returns a pidfd. `fds` are
@@ -121,18 +162,24 @@ class Zygote:
         os.waitpid(self._pid, 0)
 
 
-def _may_be_ahead(plan: InitPlan) -> bool:
-    """Whether its namespaces are those that nearly every container has."""
-    order = plan.order
-    return order.own_network and order.uptime is None and not plan.userns
+def _last_word(line: socket.socket) -> wire.Message | None:
+    with contextlib.suppress(BlockingIOError, ConnectionResetError, ValueError):
+        while received := wire.receive(line, flags=socket.MSG_DONTWAIT):
+            message, fds = received
+            wire.close_all(fds)
+            if "error" in message:
+                return dict(message["error"])
+    return None
 
 
 def _live(launcher: socket.socket) -> None:
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     libc.set_process_name("nsbox-zygote")
+    os.chdir("/")  # who changes the root of an init takes along what is there (pivot_root(2))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
     processes.close_all_but([launcher.fileno()])
+    userns.is_complete(), userns.overflow_ids()  # for all inits, while /proc is to be seen
     # a collection in a child would write to, and so copy, every page with an object in it
     gc.collect()
     gc.freeze()
@@ -148,15 +195,9 @@ def _live(launcher: socket.socket) -> None:
             if "forward" in message:
                 pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
             else:
-                plan = InitPlan.from_wire(message["plan"])
-                plan.prepare()
-                if message.get("ahead"):
-                    pid, line = _fork_ahead(plan)
-                    out.append(line)
-                else:
-                    pid = _fork(plan, fds)
+                pid = _fork(Kind.from_wire(message["kind"]), fds[0])
             reply = {"pid": pid}
-            out.insert(0, os.pidfd_open(pid))
+            out.append(os.pidfd_open(pid))
         except Exception as error:
             reply = {"error": wire.dump_error(error)}
         finally:
@@ -176,46 +217,28 @@ def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
     return processes.fork_child("nsbox-port", fds, forward)
 
 
-def _fork_ahead(last: InitPlan) -> tuple[int, int]:
-    """An init that has no plan yet, and the socket that it waits for one on."""
-    ours, theirs = wire.pair()
-    with ours, theirs:
-        return _in_new_namespaces(None, lambda: await_plan(theirs, last)), ours.detach()
-
-
-def _fork(plan: InitPlan, fds: list[int]) -> int:
-    if plan.userns:
-        return _fork_by_one_between(plan, fds)
-    return _in_new_namespaces(plan.order.uptime, lambda: run_init(plan, fds))
-
-
-def _in_new_namespaces(uptime: float | None, init: Callable[[], NoReturn]) -> int:
+def _fork(kind: Kind, line: int) -> int:
     """Fork PID 1; later children of this process are not to be in its namespaces."""
+    if (confined := kind.confinement()) is not None:
+        confined.prepare()
+    if kind.in_userns:
+        return _fork_by_one_between(kind, line)
     with contextlib.ExitStack() as stack:
-        for kind in ("pid",) if uptime is None else ("pid", "time"):
-            own = namespaces.open_namespace(kind)
+        for name in ("pid",) if kind.uptime is None else ("pid", "time"):
+            own = namespaces.open_namespace(name)
             stack.callback(os.close, own)
-            stack.callback(_return, own, namespaces.FLAGS[kind])
-        return _fork_into_new(uptime, init)
+            stack.callback(namespaces.return_to, own, namespaces.FLAGS[name])
+        return _fork_into_new(kind, line)
 
 
-def _return(own: int, flag: int) -> None:
-    """To the namespace that it forks from. Without that there are no more containers, so what a
-    kernel short of memory refuses is tried again."""
-    for _ in range(2):
-        with contextlib.suppress(OSError):
-            return libc.setns(own, flag)
-    return libc.setns(own, flag)
-
-
-def _fork_into_new(uptime: float | None, init: Callable[[], NoReturn]) -> int:
+def _fork_into_new(kind: Kind, line: int, between: int | None = None) -> int:
     """Fork the first process of new PID and time namespaces."""
     libc.unshare(libc.CLONE_NEWPID)
-    if uptime is not None:
-        _set_uptime(uptime)
+    if kind.uptime is not None:
+        _set_uptime(kind.uptime)
     pid = os.fork()
     if pid == 0:
-        init()
+        run_init(socket.socket(fileno=line), kind, between)
     return pid
 
 
@@ -231,7 +254,7 @@ def _set_uptime(seconds: float) -> None:
         ) from error
 
 
-def _fork_by_one_between(plan: InitPlan, fds: list[int]) -> int:
+def _fork_by_one_between(kind: Kind, line: int) -> int:
     """The same where the zygote could not return: out of a new user namespace, whose own all the
     others must be, nobody can; to the host's PID namespace only the host's root can.
 
@@ -243,10 +266,10 @@ def _fork_by_one_between(plan: InitPlan, fds: list[int]) -> int:
     with ours, theirs:
         between = os.fork()
         if between == 0:
-            _between(plan, fds, theirs)
+            _between(kind, line, theirs)
         theirs.close()
         try:
-            if plan.order.userns:
+            if kind.own_userns:
                 _map_ids(between, ours)
             return int(wire.reply_of(ours)[0]["pid"])
         finally:
@@ -264,15 +287,15 @@ def _map_ids(pid: int, asked: socket.socket) -> None:
     wire.send(asked, {})
 
 
-def _between(plan: InitPlan, fds: list[int], zygote: socket.socket) -> None:
+def _between(kind: Kind, line: int, zygote: socket.socket) -> None:
     try:
-        if plan.order.userns:
+        if kind.own_userns:
             libc.unshare(libc.CLONE_NEWUSER)
             wire.send(zygote, {})
             if wire.receive(zygote) is None:
                 return
         own = os.pidfd_open(os.getpid())
-        pid = _fork_into_new(plan.order.uptime, lambda: run_init(plan, fds, own))
+        pid = _fork_into_new(kind, line, own)
         wire.send(zygote, {"pid": pid})
     except (NsboxError, OSError) as error:
         wire.send(zygote, {"error": wire.dump_error(error)})

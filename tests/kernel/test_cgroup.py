@@ -217,7 +217,7 @@ def test_an_event_taken_at_once_already_counts_its_kill(create, enter):
         deadline = time.monotonic() + SOON / 1000
         while not (kills := readable(fd, 0) and group.oom_kills()):
             # v2 reports that the limit was met, too; v1 has one event for one kill
-            assert kills is False or len(group.hierarchies()) == 0, "the kill was not counted yet"
+            assert kills is False or "" in group.hierarchies(), "the kill was not counted yet"
             assert time.monotonic() < deadline
         assert kills == 1
     finally:
@@ -643,7 +643,7 @@ def test_cgroups_are_found_in_a_container_with_a_namespace_of_its_own(driver, cr
     beside = Child(lambda: group.attach(0), int)
 
     def detect() -> list[Any]:
-        for names in group.hierarchies() or [""]:
+        for names in group.hierarchies():
             point = tmp_path / (names or "v2")
             point.mkdir()
             fstype = "cgroup" if names else "cgroup2"

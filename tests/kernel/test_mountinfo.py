@@ -7,7 +7,7 @@ import sys
 
 WATCH = """
 import os, resource, subprocess
-from pytest_nsbox.kernel.mounts import MountWatch
+from pytest_nsbox.kernel.mountinfo import MountWatch
 
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

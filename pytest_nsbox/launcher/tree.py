@@ -1,49 +1,41 @@
-"""The plan of a container's file tree: which steps, in which order."""
+"""The plan of a container's file tree: which steps, in which order.
+
+They are taken in the container's namespaces: by the launcher, which pays them a visit, or by init
+where mounts have to be a user namespace's own.
+"""
 
 from __future__ import annotations
 
-import functools
+import operator
 import os
 import stat
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_nsbox.kernel import userns
-from pytest_nsbox.kernel.libc import (
-    MS_BIND,
-    MS_NODEV,
-    MS_NOEXEC,
-    MS_NOSUID,
-    MS_PRIVATE,
-    MS_RDONLY,
-    MS_REC,
-    MS_REMOUNT,
-)
+from pytest_nsbox.kernel.files import CopyEntry, LikeDir, MakeDir, MakeSymlink, OwnFile
+from pytest_nsbox.kernel.libc import MS_NODEV, MS_NOSUID
+from pytest_nsbox.kernel.mountinfo import MountPoint, MountWatch
 from pytest_nsbox.kernel.mounts import (
     EMPTY,
     BindMount,
-    CopyEntry,
     CopyFile,
-    LikeDir,
-    MakeDir,
-    MakeSymlink,
     Mount,
-    MountPoint,
-    MountWatch,
     Overlay,
     PivotRoot,
     ReadOnly,
-    SetSysctl,
     Step,
     SubOverlay,
-    WriteFile,
+    TmpfsAt,
 )
+from pytest_nsbox.launcher import pseudo
+from pytest_nsbox.launcher.pseudo import CGROUP, NEW, OLD
 from pytest_nsbox.model.order import MountOrder, Order
 from pytest_nsbox.model.place import Place
 
 SCRATCH = "/tmp"  # covered, in the container's mount namespace only, by the tmpfs we work on
-OLD, NEW, LAYER, RUN = "/oldroot", "/newroot", "/layer", "/run"
+LAYER, RUN = "/layer", "/run"
+DISK = "/disk"  # a link, as CGROUP is: so the steps are the same for all containers of a kind
 
 # filesystems that are views of the kernel, not files: never copied into a container
 KERNEL_FILESYSTEMS = frozenset(
@@ -52,53 +44,79 @@ KERNEL_FILESYSTEMS = frozenset(
 )
 REPLACED = ("/proc", "/sys", "/dev", "/run", "/tmp")
 OWN_FILES = ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf")  # container engines mount these
+_NONE: list[MountPoint] = []
 _ENGINES = ("/var/lib/docker", "/var/lib/containers", "/var/lib/containerd", "/snap")
 
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-MASKED = (  # as the OCI runtimes' default configuration has it
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/sys/devices/virtual/powercap",
-    "/sys/firmware",
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What a container's file tree is built on: `layer` is the directory on disk that holds what it
+    writes, without one it is written to memory, at most `size` bytes where that is given. `cgroups`
+    are the directories of its own cgroup by the names of the controllers, by no name on v2; none
+    where there are no cgroups."""
+
+    layer: str | None
+    size: int | None
+    cgroups: Mapping[str, str]
+    in_userns: bool  # mounts are made in a user namespace, the container's or one above
+    cover: str | None = None  # an ordinary user's layer over the host's root
+
+    @property
+    def where(self) -> str:
+        return DISK if self.layer else LAYER
+
+
+class Planner:
+    """Plans file trees. Most containers of a session are of one kind: its steps are kept."""
+
+    def __init__(self) -> None:
+        self._mounts = MountWatch()
+        self._kind: tuple[object, ...] | None = None
+        self._mounted: object = None
+        self._steps: list[Step] = []
+
+    def file_tree(self, order: Order, ground: Ground) -> list[Step]:
+        """The steps from the host's root to the container's."""
+        mounted = _NONE if order.layers else self._mounts.now()
+        # these two depend on what is in directories that anybody may write to at any time
+        if ground.in_userns or order.frozen:
+            steps = _rest(order, ground, mounted)
+        else:
+            kind = (_kind(order), ground.where, *ground.cgroups)
+            if kind != self._kind or mounted is not self._mounted:
+                self._steps = _rest(order, ground, mounted)
+                self._kind, self._mounted = kind, mounted
+            steps = self._steps
+        return [*_scratch(order, ground), *steps]
+
+
+# all of an order that the steps depend on
+_kind = operator.attrgetter(
+    "layers",
+    "network",
+    "own_network",
+    "mounts",
+    "read_only",
+    "sysctls",
+    "privileged",
+    "passthrough",
+    "visible",
+    "brought",
 )
-READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
 
 
-def file_tree(
-    order: Order,
-    layer: str | None,
-    cgroups: tuple[str, ...] | None,
-    *,
-    in_userns: bool,
-    cover: str | None = None,
-) -> list[Step]:
-    """The steps from the host's root to the container's.
-
-    `layer` is the directory on disk that holds what the container writes; without one it is
-    written to memory. `cgroups` are the mount options of the v1 hierarchies to show, none of them
-    for v2, or None where there are no cgroups. `in_userns` says that mounts are made in a user
-    namespace, and `cover` is an ordinary user's layer over the host's root.
-    """
-    mounted = [] if order.layers else _mounts.now()
-    where = OLD + layer if layer else LAYER
-    steps = [*_scratch(order), *_own_directories(where)]
+def _rest(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step]:
+    where, in_userns = ground.where, ground.in_userns
+    steps = [*_own_directories(where)]
     if in_userns and not order.layers:
-        steps += _host_by_directory(mounted, where, order, cover)
+        steps += _host_by_directory(mounted, where, order, ground.cover)
     else:
         steps += _one_overlay(order, where, in_userns)
     if not in_userns and not order.layers:
         steps += _other_filesystems(mounted, where, order)
-    steps += _proc_and_sys(order, in_userns)
-    steps += _cgroups(cgroups)
-    steps += _dev()
+    steps += pseudo.proc_and_sys(order, in_userns)
+    steps += pseudo.cgroup([*ground.cgroups])
+    steps += pseudo.dev()
     steps += _tmp_and_run(order, where, in_userns)
     steps += _shown(order, where, in_userns)
     steps += _elsewhere(order, where, in_userns, steps)
@@ -108,19 +126,18 @@ def file_tree(
         read_only = [path for path in dict.fromkeys([NEW, *roots]) if path not in own]
         steps += [ReadOnly(path, bind=False) for path in read_only]
     steps += [_user_mount(mount) for mount in order.mounts]
-    steps += _closed(order)
+    steps += pseudo.closed(order)
     steps.append(PivotRoot(NEW))
     return steps
 
 
 def places(steps: Iterable[Step], layer: str | None, order: Order) -> Iterator[Place]:
     """Where the container can write, and what keeps it."""
-    disk = OLD + layer + "/" if layer else None
-    own = (disk or LAYER + "/", LAYER + "/", RUN)
+    own = (DISK + "/", LAYER + "/", RUN)
 
     def place(target: str, upper: str, **more: Any) -> Place:
-        on_disk = disk is not None and upper.startswith(disk)
-        upper = upper.removeprefix(OLD) if on_disk else upper
+        on_disk = layer is not None and upper.startswith(DISK + "/")
+        upper = f"{layer}{upper.removeprefix(DISK)}" if on_disk else upper
         return Place(target=target.removeprefix(NEW) or "/", upper=upper, on_disk=on_disk, **more)
 
     for step in steps:
@@ -138,12 +155,15 @@ def places(steps: Iterable[Step], layer: str | None, order: Order) -> Iterator[P
                 yield place(step.target, step.source, kind="plain")
 
 
-def _scratch(order: Order) -> Iterator[Step]:
-    yield Mount("none", "/", None, MS_REC | MS_PRIVATE)
-    size = f",size={order.disk}" if order.disk else ""
+def _scratch(order: Order, ground: Ground) -> Iterator[Step]:
+    size = f",size={ground.size}" if ground.size else ""
     yield Mount("nsbox", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755" + size)
     for directory in (OLD, NEW, LAYER, EMPTY):
         yield MakeDir(SCRATCH + directory)
+    if ground.layer:
+        yield MakeSymlink(OLD + ground.layer, SCRATCH + DISK)
+    for controllers, path in ground.cgroups.items():
+        yield MakeSymlink(OLD + path, SCRATCH + CGROUP + controllers)
     yield PivotRoot(SCRATCH, SCRATCH + OLD)
     if not order.privileged:
         yield ReadOnly(EMPTY)
@@ -154,17 +174,6 @@ def _own_directories(where: str) -> Iterator[Step]:
     yield MakeDir(where + "/tmp", 0o1777)
     yield MakeDir(RUN)
     yield MakeDir(RUN + "/lock", 0o1777)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnFile(WriteFile):
-    """A file in /etc that every container has for itself, empty until its name is known.
-
-    It is put into the writable layer before the overlay is mounted: nothing is copied up, and no
-    symbolic link of the image decides where it lands.
-    """
-
-    name: str  # its path in the container
 
 
 def _own_files(etc: str) -> Iterator[Step]:
@@ -342,119 +351,8 @@ def _shown(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
         yield BindMount(OLD + path, NEW + path, recursive=True)
 
 
-def _proc_and_sys(order: Order, in_userns: bool) -> Iterator[Step]:
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    yield Mount("proc", NEW + "/proc", "proc", flags)
-    if in_userns and not order.own_network:
-        # it shows a network namespace, and that has to be of the user namespace (sysfs(5))
-        yield BindMount(OLD + "/sys", NEW + "/sys", read_only=True, recursive=True)
-    else:
-        yield Mount("sysfs", NEW + "/sys", "sysfs", flags | MS_RDONLY)
-    if order.network != "host":
-        for name, value in (
-            ("net.ipv4.ping_group_range", f"0 {min(userns.highest('gid'), 2147483647)}"),
-            ("net.ipv4.ip_unprivileged_port_start", "0"),
-        ):
-            yield SetSysctl(name, value, NEW, optional=True)
-    for name, value in order.sysctls.items():
-        yield SetSysctl(name, value, NEW)
-
-
-def prepare_tree(cgroups: tuple[str, ...] | None) -> None:
-    """Work out before a fork what is the same for every container."""
-    _mounts.now()
-    _dev()
-    _cgroups(cgroups)
-    _present_on_this_kernel()
-    userns.is_complete()  # while /proc is to be seen
-    userns.overflow_ids()
-    userns.highest("gid")
-
-
-_mounts = MountWatch()
-
-
-@functools.cache
-def _cgroups(hierarchies: tuple[str, ...] | None) -> list[Step]:
-    """Its own cgroup, as programs read their limits from it (cgroup_namespaces(7))."""
-    root = NEW + "/sys/fs/cgroup"
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    if hierarchies is None:
-        return []
-    if not hierarchies:
-        return [Mount("cgroup", root, "cgroup2", flags | MS_RDONLY)]
-    steps: list[Step] = [Mount("cgroup", root, "tmpfs", flags, "mode=755,size=64k")]
-    for controllers in hierarchies:
-        point = f"{root}/{controllers}"
-        steps.append(MakeDir(point))
-        steps.append(Mount("cgroup", point, "cgroup", flags | MS_RDONLY, controllers))
-    steps.append(Mount("none", root, None, flags | MS_RDONLY | MS_BIND | MS_REMOUNT))
-    return steps
-
-
-@functools.cache
-def _dev() -> list[Step]:
-    dev = NEW + "/dev"
-    devices = [*DEVICES, *(["net/tun"] if os.path.exists("/dev/net/tun") else [])]
-    quiet = MS_NOSUID | MS_NOEXEC
-    tty = ",mode=0620,gid=5" if userns.maps("gid", 5) else ",mode=0600"
-    return [
-        # nodev: a node that a test makes here must not be a way to the host's devices; the
-        # bound ones keep the flags of where they come from
-        Mount("dev", dev, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k"),
-        *(BindMount(f"{OLD}/dev/{name}", f"{dev}/{name}") for name in devices),
-        MakeDir(dev + "/pts"),
-        Mount("devpts", dev + "/pts", "devpts", quiet, "newinstance,ptmxmode=0666" + tty),
-        MakeDir(dev + "/shm"),
-        Mount("shm", dev + "/shm", "tmpfs", quiet | MS_NODEV, "mode=1777"),
-        MakeDir(dev + "/mqueue"),
-        Mount("mqueue", dev + "/mqueue", "mqueue", quiet | MS_NODEV),
-        MakeSymlink("pts/ptmx", dev + "/ptmx"),
-        MakeSymlink("/proc/self/fd", dev + "/fd"),
-        MakeSymlink("/proc/self/fd/0", dev + "/stdin"),
-        MakeSymlink("/proc/self/fd/1", dev + "/stdout"),
-        MakeSymlink("/proc/self/fd/2", dev + "/stderr"),
-    ]
-
-
 def _user_mount(mount: MountOrder) -> Step:
     if mount.src is not None:
         return BindMount(OLD + mount.src, NEW + mount.dst, mount.read_only, recursive=True)
     size = f",size={mount.size}" if mount.size is not None else ""
     return TmpfsAt(NEW + mount.dst, "mode=1777" + size)
-
-
-class TmpfsAt(Mount):
-    """A tmpfs on a directory that is made where it does not exist."""
-
-    def __init__(self, target: str, data: str) -> None:
-        super().__init__("tmpfs", target, "tmpfs", MS_NOSUID | MS_NODEV, data)
-
-    def do(self) -> None:
-        os.makedirs(self.target, exist_ok=True)
-        super().do()
-
-
-@functools.cache
-def _present_on_this_kernel() -> tuple[list[Step], list[Step]]:
-    """How to hide, and how to protect, what of MASKED and READ_ONLY there is."""
-    masks: list[Step] = [
-        Mount(EMPTY if os.path.isdir(path) else OLD + "/dev/null", NEW + path, None, MS_BIND)
-        for path in MASKED
-        if os.path.lexists(path)
-    ]
-    return masks, [ReadOnly(NEW + path) for path in READ_ONLY if os.path.lexists(path)]
-
-
-def _closed(order: Order) -> Iterator[Step]:
-    """What of /proc and /sys a test has no business with."""
-    if order.privileged:
-        return
-    masks, read_only = _present_on_this_kernel()
-    yield from masks
-    yield from read_only
-    # /proc/sys/net is the container's own and stays writable
-    yield ReadOnly(NEW + "/proc/sys")
-    net = NEW + "/proc/sys/net"
-    yield BindMount(net, net)
-    yield Mount("none", net, None, MS_BIND | MS_REMOUNT | MS_NOSUID | MS_NODEV | MS_NOEXEC)

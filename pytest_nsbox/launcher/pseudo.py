@@ -1,0 +1,125 @@
+"""What the kernel shows of itself in a container: /proc, /sys, /dev; and what of it is hidden."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from pytest_nsbox.kernel import userns
+from pytest_nsbox.kernel.files import MakeDir, MakeFile, MakeSymlink
+from pytest_nsbox.kernel.libc import (
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_REMOUNT,
+)
+from pytest_nsbox.kernel.mounts import EMPTY, BindMount, Mount, MoveMount, SetSysctl, Step
+from pytest_nsbox.model.order import Order
+
+OLD, NEW = "/oldroot", "/newroot"  # the host's root and the container's, while it is built
+CGROUP = "/cgroup-"  # and controllers: a link to the container's own cgroup
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_MASKED = (  # as the OCI runtimes' default configuration has it
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+)
+_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger")
+_QUIET = MS_NOSUID | MS_NODEV | MS_NOEXEC
+
+
+def proc_and_sys(order: Order, in_userns: bool) -> Iterator[Step]:
+    # init has mounted it: it shows the PID namespace of who mounts it (pid_namespaces(7))
+    yield MoveMount(OLD + "/proc", NEW + "/proc")
+    if in_userns and not order.own_network:
+        # it shows a network namespace, and that has to be of the user namespace (sysfs(5))
+        yield BindMount(OLD + "/sys", NEW + "/sys", read_only=True, recursive=True)
+    else:
+        yield Mount("sysfs", NEW + "/sys", "sysfs", _QUIET | MS_RDONLY)
+    if order.network != "host":
+        for name, value in (
+            ("net.ipv4.ping_group_range", f"0 {min(userns.highest('gid'), 2147483647)}"),
+            ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ):
+            yield SetSysctl(name, value, NEW, optional=True)
+    for name, value in order.sysctls.items():
+        yield SetSysctl(name, value, NEW)
+
+
+def cgroup(hierarchies: Sequence[str]) -> Iterator[Step]:
+    """Its own cgroup, as programs read their limits from it (cgroup_namespaces(7)). `hierarchies`
+    are the names of v1's, or one without a name on v2.
+
+    Bound, not mounted: in a cgroup namespace each mount is a filesystem of its own, and to make
+    one the kernel goes through those of all other containers.
+    """
+    root = NEW + "/sys/fs/cgroup"
+    flags = _QUIET | MS_RDONLY | MS_BIND | MS_REMOUNT
+    if not hierarchies:
+        return
+    if hierarchies == [""]:
+        yield Mount(CGROUP, root, None, MS_BIND)
+    else:
+        yield Mount("cgroup", root, "tmpfs", _QUIET, "mode=755,size=64k")
+        for controllers in hierarchies:
+            point = f"{root}/{controllers}"
+            yield MakeDir(point)
+            yield Mount(CGROUP + controllers, point, None, MS_BIND)
+            yield Mount("none", point, None, flags)
+    yield Mount("none", root, None, flags)
+
+
+def dev() -> Iterator[Step]:
+    dev = NEW + "/dev"
+    quiet = MS_NOSUID | MS_NOEXEC
+    tty = ",mode=0620,gid=5" if userns.maps("gid", 5) else ",mode=0600"
+    # nodev: a node that a test makes here must not be a way to the host's devices; the bound ones
+    # keep the flags of where they come from
+    yield Mount("dev", dev, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=64k")
+    devices = [*_DEVICES]
+    if os.path.exists("/dev/net/tun"):
+        yield MakeDir(dev + "/net")
+        devices.append("net/tun")
+    for name in devices:
+        yield MakeFile(f"{dev}/{name}")
+        yield Mount(f"{OLD}/dev/{name}", f"{dev}/{name}", None, MS_BIND)
+    yield MakeDir(dev + "/pts")
+    yield Mount("devpts", dev + "/pts", "devpts", quiet, "newinstance,ptmxmode=0666" + tty)
+    yield MakeDir(dev + "/shm")
+    yield Mount("shm", dev + "/shm", "tmpfs", quiet | MS_NODEV, "mode=1777")
+    yield MakeDir(dev + "/mqueue")
+    yield Mount("mqueue", dev + "/mqueue", "mqueue", quiet | MS_NODEV)
+    yield MakeSymlink("pts/ptmx", dev + "/ptmx")
+    yield MakeSymlink("/proc/self/fd", dev + "/fd")
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        yield MakeSymlink(f"/proc/self/fd/{number}", f"{dev}/{name}")
+
+
+def closed(order: Order) -> Iterator[Step]:
+    """What of /proc and /sys a test has no business with."""
+    if order.privileged:
+        return
+    for path in filter(os.path.lexists, _MASKED):
+        cover = EMPTY if os.path.isdir(path) else OLD + "/dev/null"
+        yield Mount(cover, NEW + path, None, MS_BIND)
+    for path in filter(os.path.lexists, (*_READ_ONLY, "/proc/sys")):
+        yield from _bound(NEW + path, MS_RDONLY)
+    # the container's own, and stays writable
+    yield from _bound(NEW + "/proc/sys/net", 0)
+
+
+def _bound(path: str, flags: int) -> Iterator[Step]:
+    """A part of /proc by a mount of its own, which takes its flags in a second call (mount(2))."""
+    yield Mount(path, path, None, MS_BIND)
+    yield Mount("none", path, None, MS_BIND | MS_REMOUNT | _QUIET | flags)
