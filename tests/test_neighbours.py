@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_nsbox import Container, Session
+from pytest_nsbox import Bind, Container, Session
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,46 @@ def test_who_has_left_one_of_two_networks_is_not_known_any_more(session: Session
             with session.container("c", networks=[left]) as c:
                 assert f"{c.ip}\tc" in _hosts(a)
                 assert f"{b.ip}\tb" not in _hosts(a)
+
+
+def test_who_has_done_nothing_yet_knows_who_is_there_when_it_begins(session: Session) -> None:
+    with session.container("a") as a:
+        with session.container("b") as b:
+            pass
+        with session.container("c") as c, session.container("d") as d:
+            assert _hosts(a)[-2:] == [f"{c.ip}\tc", f"{d.ip}\td"]
+            assert f"{b.ip}\tb" not in _hosts(a)
+
+
+@pytest.mark.parametrize("who", ["the test", "a fork of it"])
+def test_what_runs_already_learns_a_new_name(session: Session, tmp_path: Path, who: str) -> None:
+    learn = "until grep -q 'b$' /etc/hosts; do sleep 0.01; done; touch /shared/learned"
+    with session.container("a", mounts=[Bind(str(tmp_path), "/shared", read_only=False)]) as a:
+        pid = os.fork() if who == "a fork of it" else 0
+        if pid == 0:
+            try:
+                a.popen(learn, shell=True)
+            finally:
+                if who == "a fork of it":
+                    os._exit(0)
+        else:
+            os.waitpid(pid, 0)
+        with session.container("b") as b:
+            b.wait_until(lambda: (tmp_path / "learned").exists())
+
+
+def test_a_new_container_costs_no_write_for_each_that_has_done_nothing() -> None:
+    def written() -> int:
+        lines = Path(f"/proc/{session._launcher.pid}/io").read_text().splitlines()  # type: ignore[union-attr]
+        return int(dict(line.split(": ") for line in lines)["syscw"])
+
+    with Session(pool=0) as session, ExitStack() as stack:
+        costs = []
+        for number in range(30):
+            before = written()
+            stack.enter_context(session.container(f"c{number}"))
+            costs.append(written() - before)
+        assert max(costs[20:]) < min(costs[2:10]) + 10
 
 
 def test_many_containers_need_no_higher_limit_on_descriptors() -> None:

@@ -70,7 +70,8 @@ class Container:
     hosts: list[bytes] = field(default_factory=list)  # what is in /etc/hosts, bit by bit
     hosts_size: int = 0
     hosts_fd: int = -1
-    departed: int = 0  # how many had left its networks when that was last written as a whole
+    used: bool = False  # something has run in it
+    heard: int = 0  # of how many changes of its networks there was a word in it
     until: float = 0.0  # when, on the monotonic clock, its death is waited for no longer
 
     def kill(self, reason: str) -> None:
@@ -233,24 +234,24 @@ def _reach(container: Container) -> str:
     return "nat" if any(bridge.hub.way_out for bridge in bridges) else "isolated"
 
 
-def known_names(container: Container) -> list[tuple[str, str]]:
-    """The address and names of the container and of all it shares a network with."""
+def hosts_of(container: Container) -> bytes:
+    """What is to be in its /etc/hosts: itself, and all it shares a network with."""
     own = container.order
     names_of_own = own.hostname if own.hostname == own.name else f"{own.hostname} {own.name}"
     host = [(address, names.OF_THE_HOST) for address, _ in container.host_ports.values()][:1]
-    if not container.interfaces:
-        return [("127.0.1.1", names_of_own), *host]
-    found = [(container.interfaces[0].ip, names_of_own), *host]
-    for interface in container.interfaces:
-        for number, name in interface.bridge.members.items():
-            if number != interface.number:
-                found.append((interface.bridge.subnet.ip(number), name))
-    return found
+    address = container.interfaces[0].ip if container.interfaces else "127.0.1.1"
+    neighbours = [
+        line
+        for interface in container.interfaces
+        for number, line in interface.bridge.members.items()
+        if number != interface.number
+    ]
+    return names.hosts([(address, names_of_own), *host], neighbours, own.hosts).encode()
 
 
-def departed(container: Container) -> int:
-    """How many have left the networks of a container so far."""
-    return sum(interface.bridge.departed for interface in container.interfaces)
+def changes(container: Container) -> int:
+    """How often somebody has come to the networks of a container, or gone, so far."""
+    return sum(interface.bridge.changes for interface in container.interfaces)
 
 
 def _check_snapshot(order: Order, ground: Ground) -> None:
@@ -401,7 +402,7 @@ def _wire(container: Container, home: Home) -> None:
 
 def _write_own_files(container: Container) -> None:
     order = container.order
-    hosts = names.hosts(known_names(container), order.hosts)
+    hosts = hosts_of(container)
     container.own_files = {
         names.HOSTNAME: f"{order.hostname}\n",
         names.RESOLV_CONF: names.resolv_conf(
@@ -410,11 +411,11 @@ def _write_own_files(container: Container) -> None:
             next((i.bridge.hub.name_server for i in container.interfaces), None),
         ),
     }
-    container.hosts, container.hosts_size = [hosts.encode()], len(hosts.encode())
-    container.departed = departed(container)
+    container.hosts, container.hosts_size = [hosts], len(hosts)
+    container.heard = changes(container)
     for name, fd in container.own_fds.items():
-        text = container.own_files.get(name, hosts).encode()
-        if os.write(fd, text) < len(text):
+        data = hosts if name == names.HOSTS else container.own_files[name].encode()
+        if os.write(fd, data) < len(data):
             raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
     container.hosts_fd = container.own_fds.pop(names.HOSTS)
     container.undo.push("close its hosts", lambda: os.close(container.hosts_fd))

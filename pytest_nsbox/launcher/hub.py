@@ -90,8 +90,8 @@ class Bridge:
     subnet: Subnet
     index: int
     mtu: int
-    members: dict[int, str] = field(default_factory=dict)  # host number: container's name
-    departed: int = 0  # how many are members no longer
+    members: dict[int, str] = field(default_factory=dict)  # host number: its line in /etc/hosts
+    changes: int = 0  # how often one has come or gone
 
     @classmethod
     def make(cls, id: int, name: str, hub: Hub, subnet: Subnet, mtu: int) -> Bridge:
@@ -112,7 +112,8 @@ class Bridge:
     def join(self, container: str) -> Interface:
         """Give out an address. Raises SpecError when there is none left."""
         number = self.subnet.take()
-        self.members[number] = container
+        self.members[number] = f"{self.subnet.ip(number)}\t{container}"
+        self.changes += 1
         return Interface(self, number, self.hub.next_index())
 
     def remove(self) -> None:
@@ -176,7 +177,7 @@ class Interface:
         if not self._left:
             self._left = True
             self.bridge.members.pop(self.number, None)
-            self.bridge.departed += 1
+            self.bridge.changes += 1
             self.bridge.subnet.give_back(self.number)
 
 

@@ -11,13 +11,16 @@ OF_THE_HOST = "host.nsbox.internal host.docker.internal host.testcontainers.inte
 _SYSTEMD_UPSTREAM = "/run/systemd/resolve/resolv.conf"
 
 
-def hosts(names: Iterable[tuple[str, str]], extra: Mapping[str, str]) -> str:
-    """Loopback, then address and name pairs, then the user's own."""
+def hosts(
+    names: Iterable[tuple[str, str]], neighbours: Iterable[str], extra: Mapping[str, str]
+) -> str:
+    """Loopback, then address and name pairs, then whole lines, then the user's own."""
     lines = [
         "127.0.0.1\tlocalhost",
         "::1\tlocalhost ip6-localhost ip6-loopback",
     ]
     lines += [f"{address}\t{name}" for address, name in names]
+    lines += neighbours
     lines += [f"{address}\t{name}" for name, address in extra.items()]
     return "\n".join(lines) + "\n"
 

@@ -1,18 +1,19 @@
 """What containers know of each other: the names in /etc/hosts.
 
 The file is written through a descriptor from when it was made, so that one new name costs each
-neighbour one small write; who is paused, or busy, has it all the same.
+neighbour one small write; who is paused, or busy, has it all the same. Where nothing has run yet
+there is nobody to read it, and nothing is written until something will: else each of a thousand
+containers would cost a thousand writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
 
 from pytest_nsbox import wire
 from pytest_nsbox.launcher import names
-from pytest_nsbox.launcher.build import Container, departed, known_names
+from pytest_nsbox.launcher.build import Container, changes, hosts_of
 from pytest_nsbox.launcher.changes import write_upper
 
 
@@ -21,28 +22,41 @@ def own_files(container: Container) -> dict[str, str]:
     return {**container.own_files, names.HOSTS: b"".join(container.hosts).decode()}
 
 
-def tell_neighbours(new: Container, everyone: Iterable[Container]) -> None:
-    """A new name on a network is known to those who were there before."""
-    lines = {i.bridge.id: f"{i.ip}\t{new.order.name}\n".encode() for i in new.interfaces}
-    for other in everyone:
-        if other is new or not other.alive or other.init is None:
-            continue
-        shared = [i.bridge for i in other.interfaces if i.bridge.id in lines]
-        if not shared:
-            continue
-        # where nobody has left, nothing in it is wrong
-        grown = other.departed == departed(other)
-        if not (grown and _append(other, b"".join(lines[bridge.id] for bridge in shared))):
-            write_hosts(other)
+class Neighbours:
+    """Those in whom something has run."""
+
+    def __init__(self) -> None:
+        self._used: list[Container] = []
+
+    def use(self, container: Container) -> None:
+        """Something is about to run in it."""
+        if not container.used:
+            container.used = True
+            self._used.append(container)
+            if container.heard != changes(container):
+                write_hosts(container)
+
+    def tell(self, new: Container) -> None:
+        """A new name on a network is known to those who were there before."""
+        lines = {i.bridge.id: f"{i.bridge.members[i.number]}\n" for i in new.interfaces}
+        self._used = [container for container in self._used if container.alive]
+        for other in self._used:
+            shared = [lines[i.bridge.id] for i in other.interfaces if i.bridge.id in lines]
+            if shared and not _append(other, shared):
+                write_hosts(other)
 
 
-def _append(container: Container, line: bytes) -> bool:
-    """Add to what is there, if that is all as it was left."""
+def _append(container: Container, lines: list[str]) -> bool:
+    """Add to what is there, if that is all as it was left, and these are all that have changed."""
+    if container.heard + len(lines) != changes(container):
+        return False
+    data = "".join(lines).encode()
     with contextlib.suppress(OSError):
         found = os.fstat(container.hosts_fd)
         if found.st_nlink and found.st_size == container.hosts_size:
-            container.hosts_size += os.pwrite(container.hosts_fd, line, container.hosts_size)
-            container.hosts.append(line)
+            container.hosts_size += os.pwrite(container.hosts_fd, data, container.hosts_size)
+            container.hosts.append(data)
+            container.heard += len(lines)
             return True
     return False
 
@@ -50,21 +64,20 @@ def _append(container: Container, line: bytes) -> bool:
 def write_hosts(container: Container) -> None:
     """Write all of it anew."""
     assert container.init is not None
-    text = names.hosts(known_names(container), container.order.hosts)
-    data = text.encode()
+    data = hosts_of(container)
     container.hosts, container.hosts_size = [data], len(data)
-    container.departed = departed(container)
+    container.heard = changes(container)
     with contextlib.suppress(OSError):
         if os.fstat(container.hosts_fd).st_nlink:
             os.pwrite(container.hosts_fd, data, 0)  # and then cut: it is never seen empty
             os.ftruncate(container.hosts_fd, len(data))
             return
     if container.order.read_only:  # for its init, too
-        write_upper(container.places, container.scratch, names.HOSTS, text)
+        write_upper(container.places, container.scratch, names.HOSTS, data.decode())
         return
     # another file is there now, which only a process inside gets at as the container does
     mine, theirs = wire.pair()
     with mine, theirs, contextlib.suppress(OSError):
         # one that is paused does not read: nobody else is to wait for it
         container.init.setblocking(False)
-        wire.send(container.init, {"op": "hosts", "text": text}, [theirs.fileno()])
+        wire.send(container.init, {"op": "hosts", "text": data.decode()}, [theirs.fileno()])

@@ -34,7 +34,9 @@ Answer = Reply | Work
 
 
 def create(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
-    """Build a container."""
+    """Build a container. `used` are those that have been used since the last one was."""
+    for id in message["used"]:
+        use(launcher, {"id": id}, [])
     container, pidfd = launcher.create(Order.from_wire(message["order"]))
     reply: Message = {
         "id": container.id,
@@ -43,6 +45,14 @@ def create(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     }
     assert container.line is not None
     return reply, [container.line.detach(), pidfd]
+
+
+def use(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
+    """Something is about to run in a container; one that has gone is fine."""
+    container = launcher.containers.get(message["id"])
+    if container is not None and container.alive:
+        launcher.neighbours.use(container)
+    return {}, []
 
 
 def destroy(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
@@ -151,6 +161,7 @@ def enter(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     container = launcher.get(message)
     if not container.alive:
         raise ContainerDied("the container has ended")
+    launcher.neighbours.use(container)
     out = [os.dup(container.pidfd)]
     if container.cgroup is not None:
         for path in container.cgroup.procs_files():
@@ -268,5 +279,6 @@ OPERATIONS: dict[str, Callable[[Launcher, Message, list[int]], Answer]] = {
         state,
         try_limits,
         update,
+        use,
     )
 }

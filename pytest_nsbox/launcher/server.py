@@ -37,7 +37,7 @@ from pytest_nsbox.launcher.build import (
     finish,
 )
 from pytest_nsbox.launcher.janitor import Janitor
-from pytest_nsbox.launcher.neighbours import tell_neighbours
+from pytest_nsbox.launcher.neighbours import Neighbours
 from pytest_nsbox.launcher.networks import Networks
 from pytest_nsbox.launcher.operations import OPERATIONS
 from pytest_nsbox.launcher.pool import Kind, Pool
@@ -63,6 +63,7 @@ class Launcher:
         self.options = options
         self.undo = Undo()
         self.containers: dict[int, Container] = {}
+        self.neighbours = Neighbours()
         self.dying: dict[int, Container] = {}  # killed, with nobody waiting for their end
         self.late: list[NsboxError] = []  # what went wrong with these, and with those of the pool
         self.timers: list[tuple[float, int]] = []  # a heap: when, which container
@@ -280,7 +281,7 @@ class Launcher:
         finish(container, order, joiners, home, lambda: self._introduce(container))
 
     def _introduce(self, container: Container) -> None:
-        tell_neighbours(container, self.containers.values())
+        self.neighbours.tell(container)
 
     def _attend(self, container: Container, order: Order) -> None:
         """Notice its end, its time and its want of memory."""

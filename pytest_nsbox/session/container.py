@@ -68,6 +68,7 @@ class Container:
         self.pidfd = fds[1]
         self._owner = os.getpid()
         self.closed = False
+        self._used = False  # something has run in it
         self._last: wire.Message | None = None
         self.unyielding: list[str] = []  # who has not ended when asked to
 
@@ -194,6 +195,9 @@ class Container:
         """Send init a request whose first descriptor the answers come back on."""
         if self.closed:
             raise self.why_dead()
+        if not self._used:
+            self._used = True
+            self.session.use(self.id)
         try:
             wire.send(self._init, message, fds)
         except (BrokenPipeError, ConnectionResetError, ConnectionRefusedError):

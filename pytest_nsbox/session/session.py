@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nsbox import wire
 from pytest_nsbox.errors import (
     ContainerDied,
+    NsboxError,
     RootfsError,
     SpecError,
     TeardownError,
@@ -78,6 +79,7 @@ class Session:
         self._names: set[str] = set()
         self.unreaped: list[Inside] = []  # killed children of this process
         self._living: dict[str, Container] = {}
+        self._used: set[int] = set()  # containers whose first use the launcher has not been told of
         self._networks = 0
         self._layers: LayerCache | None = None
         self._pythons: dict[tuple[str, ...], Brought | str] = {}  # on images; a text: why not
@@ -248,14 +250,24 @@ class Session:
     ) -> Container:
         name = self._name(name)
         visible = [*visible, sys.prefix, sys.base_prefix]
+        used = [*self._used]
         try:
             order = make_order(spec, name, rootfs, passthrough, visible, brought)
-            reply, fds = self.request("create", order=order.to_wire())
+            reply, fds = self.request("create", order=order.to_wire(), used=used)
+            self._used.difference_update(used)
         except BaseException:
             self._names.discard(name)
             raise
         self._living[name] = Container(self, spec, order, rootfs, brought, reply, fds)
         return self._living[name]
+
+    def use(self, id: int) -> None:
+        """Something is about to run in a container, so it will have to know its neighbours. While
+        there are none that can wait until there is one."""
+        self._used.add(id)  # first, since another thread may be making one
+        if len(self._names) > 1 or os.getpid() != self._owner:
+            with contextlib.suppress(NsboxError):  # it is dead, and will be said to be
+                self.request("use", id=id)
 
     def python_on(self, rootfs: Rootfs, more: Sequence[str]) -> Brought | None:
         """What this Python, and the paths `more` with it, takes to be shown on an image; tried
