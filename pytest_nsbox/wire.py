@@ -162,6 +162,13 @@ def dump_oserror(error: OSError) -> Message:
     return {"oserror": [error.errno, error.strerror or str(error), error.filename]}
 
 
+def dump_failure(error: Exception) -> Message:
+    """The answer to a request that has failed: an OSError as the same, all else as ours."""
+    if isinstance(error, OSError):
+        return dump_oserror(error)
+    return {"error": dump_error(error)}
+
+
 def dump_error(error: BaseException) -> Message:
     """An error as plain data."""
     name = type(error).__name__ if type(error).__name__ in errors.BY_NAME else "SetupError"

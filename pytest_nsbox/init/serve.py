@@ -12,16 +12,13 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.init.users import User, find_user
-from pytest_nsbox.kernel import libc, userns
+from pytest_nsbox.init.spawn import spawn
+from pytest_nsbox.kernel import libc
 from pytest_nsbox.wire import Message
 
 
@@ -63,7 +60,7 @@ class Server:
             if operation(self, message, fds, answer):
                 answer = -1
         except Exception as error:  # whatever it is, PID 1 has to go on
-            _answer(answer, _failure(error))
+            _answer(answer, wire.dump_failure(error))
         finally:
             wire.close_all(fds)
             if answer >= 0:
@@ -76,7 +73,7 @@ class Server:
         if message.get("tree"):
             pid = self._exec_under_reaper(message, fds, answer)
         else:
-            pid = _spawn(message, stdin, stdout, stderr, others)
+            pid = spawn(message, [stdin, stdout, stderr], others)
             _answer(answer, {"started": pid})
         self.children[pid] = _Child(answer, started)
         return True
@@ -228,63 +225,6 @@ def _answer(fd: int, message: Message, *fds: int) -> None:
             return
 
 
-def _failure(error: Exception) -> Message:
-    if isinstance(error, OSError):
-        return wire.dump_oserror(error)
-    return {"error": wire.dump_error(error)}
-
-
-def _spawn(
-    message: Message,
-    stdin: int,
-    stdout: int,
-    stderr: int,
-    others: list[int],
-    before_exec: Callable[[], None] | None = None,
-) -> int:
-    user = message.get("user")
-    env = {str(key): str(value) for key, value in message["env"].items()}
-    identity: dict[str, Any] = {}
-    if user is not None:
-        found = find_user(user)
-        env.setdefault("HOME", found.home)
-        if message.get("set_home"):
-            env["HOME"] = found.home
-        identity = _identity(found)
-    cwd = str(message["cwd"])
-    if message.get("cwd_optional") and not os.path.isdir(cwd):
-        cwd = "/"
-    process = subprocess.Popen(
-        [str(arg) for arg in message["args"]],
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        env=env,
-        cwd=cwd,
-        start_new_session=True,
-        pass_fds=others,
-        preexec_fn=before_exec,
-        **identity,
-    )
-    process.returncode = 0  # it is reaped here, not by the Popen object
-    return process.pid
-
-
-def _identity(user: User) -> dict[str, Any]:
-    """What makes a command a user's. Raises UnsupportedError for one who is nobody here."""
-    if not userns.maps("uid", user.uid) or not userns.maps("gid", user.gid):
-        raise UnsupportedError(
-            f"user {user.uid}:{user.gid} is not mapped in this container's user namespace: as an "
-            "ordinary user without subordinate ids there is root alone; get some (usermod "
-            "--add-subuids 100000-165535 --add-subgids 100000-165535 NAME, package uidmap) or run "
-            "pytest as root"
-        )
-    identity: dict[str, Any] = {"user": user.uid, "group": user.gid}
-    if userns.may_set_groups():
-        identity["extra_groups"] = [id for id in user.groups if userns.maps("gid", id)]
-    return identity
-
-
 def _reaper(message: Message, fds: list[int], answer: int) -> int:
     """Run one command as the subreaper of all that descends from it (prctl(2))."""
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
@@ -298,9 +238,9 @@ def _reaper(message: Message, fds: list[int], answer: int) -> int:
         _answer(answer, {"pid": os.getpid()})
 
     try:
-        main = _spawn(message, stdin, stdout, stderr, others, say_who)
+        main = spawn(message, [stdin, stdout, stderr], others, say_who)
     except Exception as error:
-        _answer(answer, _failure(error))
+        _answer(answer, wire.dump_failure(error))
         return 127
     wire.close_all(fds)
     _answer(answer, {"started": main})
