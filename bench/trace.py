@@ -113,7 +113,7 @@ def _launch() -> None:
     wrap(zygote.Zygote, "fork_init", "zygote: fork, or hand over the plan")
     wrap(setup, "_isolate", "unshare")
     wrap(setup, "_join", "join the cgroups")
-    wrap(tree.Planner, "file_tree", "plan the mounts")
+    wrap(tree.Planner, "plan", "plan the mounts")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)

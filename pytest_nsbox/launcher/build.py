@@ -20,7 +20,6 @@ from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import Kind
 from pytest_nsbox.kernel import cgroup, libc, link, mounts
 from pytest_nsbox.kernel.cgroup import Cgroup
-from pytest_nsbox.kernel.files import OwnFile
 from pytest_nsbox.kernel.inode_flags import spread
 from pytest_nsbox.kernel.mountinfo import mount_points
 from pytest_nsbox.kernel.namespaces import Home
@@ -30,7 +29,7 @@ from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
-from pytest_nsbox.launcher.tree import Ground, Planner, places
+from pytest_nsbox.launcher.tree import Ground, Planner
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.zygote import InitFailed, Zygote
 from pytest_nsbox.model.limits import Limits, Stats
@@ -149,14 +148,14 @@ def begin(id: int, order: Order, workshop: Workshop) -> Container:
             cover=_cover(order, workshop),
         )
         _check_snapshot(order, ground)
-        steps = workshop.planner.file_tree(order, ground)
-        _fork(container, steps if ground.in_userns else None, workshop)
-        container.places = [*places(steps, ground.layer, order)]
-        container.own_files = {step.name: "" for step in steps if isinstance(step, OwnFile)}
+        tree = workshop.planner.plan(order, ground)
+        _fork(container, tree.steps if ground.in_userns else None, workshop)
+        container.places = tree.places
+        container.own_files = dict.fromkeys(tree.own_files, "")
         if not ground.in_userns:
             _await_apart(container)
             with workshop.home.away(container.namespaces, container.root):
-                _hold(container, mounts.build(steps))
+                _hold(container, mounts.build(tree.steps))
     return container
 
 

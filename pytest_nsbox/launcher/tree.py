@@ -6,6 +6,7 @@ where mounts have to be a user namespace's own.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import os
 import stat
@@ -66,28 +67,52 @@ class Ground:
         return DISK if self.layer else LAYER
 
 
+@dataclass(frozen=True)
+class Tree:
+    """The steps from the host's root to the container's, the files of its own by their paths, and
+    where it can write, and what keeps it."""
+
+    steps: list[Step]
+    own_files: list[str]
+    places: list[Place]
+
+
 class Planner:
-    """Plans file trees. Most containers of a session are of one kind: its steps are kept."""
+    """Plans file trees. Most containers of a session are of one kind: what they share is kept."""
 
     def __init__(self) -> None:
         self._mounts = MountWatch()
         self._kind: tuple[object, ...] | None = None
         self._mounted: object = None
-        self._steps: list[Step] = []
+        self._tree = Tree([], [], [])
 
-    def file_tree(self, order: Order, ground: Ground) -> list[Step]:
-        """The steps from the host's root to the container's."""
+    def plan(self, order: Order, ground: Ground) -> Tree:
         mounted = _NONE if order.layers else self._mounts.now()
         # these two depend on what is in directories that anybody may write to at any time
         if ground.in_userns or order.frozen:
-            steps = _rest(order, ground, mounted)
+            tree = _tree(order, ground, mounted)
         else:
             kind = (_kind(order), ground.where, *ground.cgroups)
             if kind != self._kind or mounted is not self._mounted:
-                self._steps = _rest(order, ground, mounted)
+                self._tree = _tree(order, ground, mounted)
                 self._kind, self._mounted = kind, mounted
-            steps = self._steps
-        return [*_scratch(order, ground), *steps]
+            tree = self._tree
+        places = [_on_disk(place, ground.layer) for place in tree.places]
+        return Tree([*_scratch(order, ground), *tree.steps], tree.own_files, places)
+
+
+def _tree(order: Order, ground: Ground, mounted: list[MountPoint]) -> Tree:
+    """All of it but for what is one container's alone."""
+    steps = _steps(order, ground, mounted)
+    own_files = [step.name for step in steps if isinstance(step, OwnFile)]
+    return Tree(steps, own_files, [*_places(steps, order)])
+
+
+def _on_disk(place: Place, layer: str | None) -> Place:
+    if layer is None or not place.upper.startswith(DISK + "/"):
+        return place
+    upper = layer + place.upper.removeprefix(DISK)
+    return dataclasses.replace(place, upper=upper, on_disk=True)
 
 
 # all of an order that the steps depend on
@@ -105,7 +130,7 @@ _kind = operator.attrgetter(
 )
 
 
-def _rest(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step]:
+def _steps(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step]:
     where, in_userns = ground.where, ground.in_userns
     steps = [*_own_directories(where)]
     if in_userns and not order.layers:
@@ -131,14 +156,11 @@ def _rest(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step]
     return steps
 
 
-def places(steps: Iterable[Step], layer: str | None, order: Order) -> Iterator[Place]:
-    """Where the container can write, and what keeps it."""
+def _places(steps: Iterable[Step], order: Order) -> Iterator[Place]:
     own = (DISK + "/", LAYER + "/", RUN)
 
     def place(target: str, upper: str, **more: Any) -> Place:
-        on_disk = layer is not None and upper.startswith(DISK + "/")
-        upper = f"{layer}{upper.removeprefix(DISK)}" if on_disk else upper
-        return Place(target=target.removeprefix(NEW) or "/", upper=upper, on_disk=on_disk, **more)
+        return Place(target=target.removeprefix(NEW) or "/", upper=upper, on_disk=False, **more)
 
     for step in steps:
         if isinstance(step, Overlay):
