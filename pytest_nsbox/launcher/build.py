@@ -59,6 +59,7 @@ class Container:
     reason: str = ""  # why it died, where that is known
     last: Stats | None = None  # taken before it was killed
     namespaces: dict[str, int] = field(default_factory=dict)  # to visit it, while it is built
+    mounts: int = -1  # the last of them to be closed: its mount namespace
     root: int = -1  # init's own root in its mount namespace, when that was new
     own_fds: dict[str, int] = field(default_factory=dict)  # path: to write what is below
     places: list[Place] = field(default_factory=list)  # where it can write
@@ -148,6 +149,7 @@ def begin(id: int, order: Order, workshop: Workshop) -> Container:
             cover=_cover(order, workshop),
         )
         _check_snapshot(order, ground)
+        container.undo.push("let go of its mounts", lambda: _let_go(container, workshop.janitor))
         tree = workshop.planner.plan(order, ground)
         _fork(container, tree.steps if ground.in_userns else None, workshop)
         container.places = tree.places
@@ -199,8 +201,18 @@ def _await_apart(container: Container) -> None:
 
 def _leave_alone(container: Container) -> None:
     """No more visits."""
+    container.mounts = container.namespaces.pop("mnt", container.mounts)
     wire.close_all([*container.namespaces.values(), container.root])
     container.namespaces, container.root = {}, -1
+
+
+def _let_go(container: Container, janitor: Janitor) -> None:
+    """What the user has mounted is free when the container is closed; all else is the kernel's."""
+    mounts, container.mounts = container.mounts, -1
+    if container.order.mounts:
+        wire.close_all([mounts])
+    elif mounts >= 0:
+        janitor.let_go(mounts)
 
 
 def _hold(container: Container, fds: list[int]) -> None:

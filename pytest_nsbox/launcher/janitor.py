@@ -1,13 +1,17 @@
-"""The process that removes writable layers from the disk, while the launcher has better to do."""
+"""The process that takes apart what a container leaves, while the launcher has better to do: the
+mounts of its namespace, which the kernel takes more than a millisecond to undo, then its writable
+layer on the disk."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
+from pytest_nsbox import wire
 from pytest_nsbox.errors import TeardownError
 from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.processes import close_all_but
@@ -17,55 +21,70 @@ from pytest_nsbox.launcher import ledger
 class Janitor:
     """The launcher's handle on it."""
 
-    def __init__(self, pid: int, pipe: int) -> None:
+    def __init__(self, pid: int, sock: socket.socket) -> None:
         self._pid = pid
-        self._pipe = pipe
+        self._socket = sock
 
     @classmethod
     def start(cls) -> Janitor:
         """Fork it off the calling process."""
-        read, write = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = wire.pair()
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                status = _work(read)
+                status = _work(theirs)
             finally:
                 os._exit(status)
-        os.close(read)
-        return cls(pid, write)
+        theirs.close()
+        return cls(pid, ours)
+
+    def let_go(self, namespace: int) -> None:
+        """Close the last descriptor of a mount namespace: with it go its mounts."""
+        with contextlib.suppress(OSError):  # somebody has killed it
+            wire.send(self._socket, {}, [namespace])
+        os.close(namespace)
 
     def remove(self, layer: str, ledger_file: Path) -> None:
         """Remove a layer, then strike it from the ledger."""
         try:
-            os.write(self._pipe, f"{layer}\0{ledger_file}\n".encode())
-        except BrokenPipeError:  # somebody has killed it
+            wire.send(self._socket, {"layer": layer, "ledger": str(ledger_file)})
+        except OSError:  # somebody has killed it
             ledger.remove_layer(layer)
             ledger.strike(ledger_file, ledger.LAYER, layer)
 
     def close(self) -> None:
-        """Wait until all is removed. Raises TeardownError when something could not be."""
-        os.close(self._pipe)
+        """Wait until all is gone. Raises TeardownError when something could not be removed."""
+        self._socket.close()
         _, status = os.waitpid(self._pid, 0)
         if status and os.WIFEXITED(status):  # killed, it has left its work to who reads the ledger
             raise TeardownError("a writable layer could not be removed")
 
 
-def _work(pipe: int) -> int:
+def _work(launcher: socket.socket) -> int:
     """Until the launcher closes its end, or dies: what it has handed over is removed even then."""
     libc.set_process_name("nsbox-janitor")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    close_all_but([pipe])
+    close_all_but([launcher.fileno()])
     status = 0
-    with open(pipe, encoding="utf-8") as lines:
-        for line in lines:
-            layer, _, ledger_file = line.rstrip("\n").partition("\0")
-            try:
-                ledger.remove_layer(layer)
-                with contextlib.suppress(OSError):  # a row too many does no harm
-                    ledger.strike(Path(ledger_file), ledger.LAYER, layer)
-            except OSError as error:
-                print(f"rm -r {layer}: {error}", file=sys.stderr, flush=True)
-                status = 1
+    while (received := _next(launcher)) is not None:
+        message, namespaces = received
+        wire.close_all(namespaces)
+        if "layer" not in message:
+            continue
+        layer = message["layer"]
+        try:
+            ledger.remove_layer(layer)
+            with contextlib.suppress(OSError):  # a row too many does no harm
+                ledger.strike(Path(message["ledger"]), ledger.LAYER, layer)
+        except OSError as error:
+            print(f"rm -r {layer}: {error}", file=sys.stderr, flush=True)
+            status = 1
     return status
+
+
+def _next(launcher: socket.socket) -> tuple[wire.Message, list[int]] | None:
+    with contextlib.suppress(ConnectionResetError):  # killed, it has not read all of ours
+        return wire.receive(launcher)
+    return None
