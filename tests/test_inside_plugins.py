@@ -292,6 +292,23 @@ def test_benchmarks_are_counted_outside(run_pytest: Run, pytester: pytest.Pytest
     ]
 
 
+def test_a_body_without_a_container_is_one_error_also_to_a_plugin_that_looks_at_fixtures(
+    run_pytest: Run,
+) -> None:
+    result = run_pytest(
+        """
+        import pytest
+
+        @pytest.mark.sandbox(user="nobody")
+        def test_it(): pass
+
+        def test_after(): pass
+        """,
+        *("-p", "pytest_benchmark.plugin", "--nsbox-all"),
+    )
+    result.assert_outcomes(passed=1, errors=1)
+
+
 def test_junitxml_is_the_same_as_outside(run_pytest: Run, pytester: pytest.Pytester) -> None:
     source = """
         import pytest

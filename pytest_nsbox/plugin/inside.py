@@ -225,9 +225,6 @@ class _Visit:
                 self._pytests_own("pytest_runtest_teardown")(item=self.item, nextitem=nextitem)
 
         call = self._try(outside, "teardown")
-        if hasattr(self.item, "_request"):
-            self.item._request = False
-            self.item.funcargs = None
         report = self._one_teardown(report, call)
         if changes:
             add_changes(report, changes)
