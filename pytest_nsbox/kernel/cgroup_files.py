@@ -244,7 +244,7 @@ def whole_disk(io: object, device: str | None) -> str:
     if device is None or device.startswith("0:"):
         raise UnsupportedError(
             f"io={io!r}: the writable layer is on no block device; "
-            "put it on a disk, or leave io away"
+            "set XDG_CACHE_HOME to a directory on a disk, in a container to one in a volume"
         )
     entry = f"/sys/dev/block/{device}"
     if os.path.exists(f"{entry}/partition"):

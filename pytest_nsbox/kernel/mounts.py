@@ -309,15 +309,39 @@ class PivotRoot:
         return f"pivot_root {self.new_root}"
 
     def do(self) -> None:
+        try:
+            self._pivot()
+        except PermissionError:
+            # Docker's seccomp profile refuses it even to who may mount; then the new root covers
+            # the old one, out of everybody's reach: no path leads below the root of a namespace
+            self._cover()
+        os.chdir("/")
+
+    def _pivot(self) -> None:
         if self.put_old is not None:
             libc.pivot_root(self.new_root, self.put_old)
-            os.chdir("/")
             return
         # the old root is stacked on the new one, then detached: pivot_root(2), NOTES
         os.chdir(self.new_root)
         libc.pivot_root(".", ".")
         libc.umount2(".", MNT_DETACH)
-        os.chdir("/")
+
+    def _cover(self) -> None:
+        if self.put_old is not None:
+            libc.mount("/", self.put_old, None, MS_BIND | MS_REC)
+            libc.umount2(self.put_old + self.new_root, MNT_DETACH)
+        os.chdir(self.new_root)
+        libc.mount(".", "/", None, libc.MS_MOVE)
+        os.chroot(".")
+
+
+def may_pivot() -> bool:
+    """Whether pivot_root(2) gets as far as to look at its arguments."""
+    try:
+        libc.pivot_root("", "")
+    except OSError as error:
+        return error.errno != errno.EPERM
+    return True
 
 
 def escape(path: str) -> str:

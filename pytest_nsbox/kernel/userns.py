@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 EVERY_ID = 4294967295  # (uid_t) -1 is no id
 _CAP_SYS_ADMIN = 21
+_FIRST = 0xEFFFFFFD  # PROC_USER_INIT_INO of include/linux/proc_ns.h
 
 
 class Extent(NamedTuple):
@@ -45,6 +46,13 @@ def highest(kind: str) -> int:
 def is_complete() -> bool:
     """Whether the caller's user namespace has all ids, as the first one has."""
     return all(sum(each.size for each in extents(kind)) == EVERY_ID for kind in ("uid", "gid"))
+
+
+@functools.cache
+def is_first() -> bool:
+    """Whether the caller's user namespace is the machine's: root of another one is root of a
+    container, to whom the kernel gives less."""
+    return os.stat("/proc/self/ns/user").st_ino == _FIRST
 
 
 @functools.cache

@@ -128,8 +128,9 @@ class Workshop:
     home: Home
     planner: Planner = field(default_factory=Planner)
     no_cgroups: str = ""  # why there are none
-    rootless: bool = False  # every mount is made in a user namespace
-    cover: str | None = None  # rootless: the directory laid over the host's root
+    in_userns: bool = False  # every mount is made in a user namespace
+    cover: str | None = None  # then: the directory laid over the host's root
+    may_pivot: bool = True  # or a filter of system calls refuses it
 
 
 def begin(id: int, order: Order, workshop: Workshop) -> Container:
@@ -146,16 +147,18 @@ def begin(id: int, order: Order, workshop: Workshop) -> Container:
             layer=_layer_on_disk(container, workshop),
             size=_size(order),
             cgroups={} if container.cgroup is None else container.cgroup.hierarchies(),
-            in_userns=order.userns or workshop.rootless,
+            in_userns=order.userns or workshop.in_userns,
             cover=_cover(order, workshop),
         )
         _check_snapshot(order, ground)
         container.undo.push("let go of its mounts", lambda: _let_go(container, workshop.janitor))
         tree = workshop.planner.plan(order, ground)
-        _fork(container, tree.steps if ground.in_userns else None, workshop)
+        # pivot_root(2) is for all processes of a namespace, what replaces it for who calls it
+        visited = workshop.may_pivot and not ground.in_userns
+        _fork(container, None if visited else tree.steps, workshop)
         container.places = tree.places
         container.own_files = dict.fromkeys(tree.own_files, "")
-        if not ground.in_userns:
+        if visited:
             _await_apart(container)
             with workshop.home.away(container.namespaces, container.root):
                 _hold(container, mounts.build(tree.steps))
@@ -304,7 +307,7 @@ def _device(directory: Path) -> str:
 
 def _cover(order: Order, workshop: Workshop) -> str | None:
     """The user's own layer over the host's root, made when the first container needs it."""
-    if not workshop.rootless or order.layers:
+    if not workshop.in_userns or order.layers:
         return None
     if workshop.cover is None:
         path = place_of_cover() / f"nsbox-{workshop.ledger.name}-0"  # as if of a container 0
@@ -371,7 +374,7 @@ def _fork(container: Container, steps: Sequence[mounts.Step] | None, workshop: W
         network=order.own_network,
         uptime=order.uptime,
         own_userns=order.userns,
-        in_userns=order.userns or workshop.rootless,
+        in_userns=order.userns or workshop.in_userns,
         capabilities=None if order.privileged else order.capabilities,
     )
     with contextlib.ExitStack() as opened:

@@ -24,7 +24,7 @@ from pytest_nsbox.errors import (
     TeardownError,
     UnsupportedError,
 )
-from pytest_nsbox.kernel import cgroup
+from pytest_nsbox.kernel import cgroup, mounts, userns
 from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
@@ -101,7 +101,8 @@ class Launcher:
             zygote,
             janitor,
             Home(("mnt", "ipc", "uts", "net")),
-            rootless=standing.rootless,
+            in_userns=not userns.is_first(),
+            may_pivot=mounts.may_pivot(),
         )
         try:
             driver = cgroup.detect(self.ledger.name)

@@ -58,6 +58,8 @@ def take_standing() -> Standing:
             _map_one(ids)
         # who enters a container's, to name it, comes back only to one of this user namespace
         libc.unshare(libc.CLONE_NEWUTS)
+        # podman's seccomp profile lets all pass but this, and setns(2)
+        libc.sethostname(os.uname().nodename)
     except OSError as error:
         envoy.close()
         raise UnsupportedError(_refused(error)) from error

@@ -59,6 +59,7 @@ def _lacking(session: Session, items: Sequence[pytest.Item]) -> dict[str, list[s
 def _needs(item: pytest.Item, session: Session) -> Iterator[tuple[Need, Callable[[], object]]]:
     """What a test needs that not every host has, and how to try it. What it asks for when it
     runs, by `nsbox_spec` or as a factory's keywords, is not known yet."""
+    yield ("containers", True), session.describe
     spec = defaults(item.config).replace(**keywords(item))
     limits = {name: value for name, value in vars(spec.limits()).items() if value is not None}
     if limits:

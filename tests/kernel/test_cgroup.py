@@ -291,7 +291,7 @@ def test_writing_is_as_fast_as_io_allows(create, enter, disk):
 
 @pytest.mark.parametrize("device", [None, "0:45"])
 def test_io_without_a_disk_is_refused_with_a_cure(create, device):
-    with pytest.raises(UnsupportedError, match=r"io=.* no block device; put it on a disk"):
+    with pytest.raises(UnsupportedError, match=r"io=.* no block device; set XDG_CACHE_HOME"):
         create(io={"wbps": M}, io_device=device)
 
 
