@@ -1,7 +1,9 @@
-"""Containers of other engines, to run pytest in: real ones by crun, and our own.
+"""Where pytest can run, what is tried there, and containers of crun that stand in for Docker's and
+podman's (`engines.py`) on a machine that has neither.
 
 crun is the runtime that podman has by default and Docker can have. The configuration is that of
-the engine: capabilities, masked paths, what of /sys may be written, devices.
+the engine: capabilities, masked paths, what of /sys may be written, devices, and of its seccomp
+profile the calls that decide.
 """
 
 from __future__ import annotations
@@ -13,17 +15,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_nsbox import Session
 from pytest_nsbox.model.capabilities import NUMBERS
+from tests import engines
+from tests.engines import Environment
 from tests.ordinary import REPOSITORY, run_as_ordinary_user
 
-Environment = Callable[..., subprocess.CompletedProcess[str]]
-HEAD_V2 = "on cgroup v2 alone, pytest runs as"
+PAGE = (REPOSITORY / "docs/where-it-runs.md").read_text()
 DEFAULT = (
     "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP "
     "NET_BIND_SERVICE SYS_CHROOT KILL AUDIT_WRITE"
@@ -79,7 +82,7 @@ class Engine:
 
     def _config(self, command: Sequence[str]) -> dict[str, Any]:
         caps = [f"CAP_{name}" for name in self.capabilities if f"CAP_{name}" in held()]
-        keep = sorted(map(os.path.realpath, (os.getcwd(), sys.prefix, REPOSITORY, "/var/tmp")))
+        keep = sorted(map(os.path.realpath, (os.getcwd(), sys.prefix, REPOSITORY)))
         bind = ["bind", "rw"]  # not what is mounted below: a /proc there would be unmasked
         mounts = [
             {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -182,29 +185,33 @@ def in_our_own(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 ENVIRONMENTS: dict[str, Environment] = {
-    "root on the host": on_this_host,
+    "root": on_this_host,
     "an ordinary user, no cgroup delegated": ordinary_user,
     "root without CAP_SYS_ADMIN, so as an ordinary user": without_power,
-    "docker run --privileged": Engine(PRIVILEGED, masked=False, cgroups="rw").run,
+    "root of a container of our own, privileged=True": in_our_own,
+}
+"""As whom pytest runs, without another engine."""
+
+_UNMASKED_OF_PODMAN = Engine(DEFAULT, masked=False, cgroups="ro", refused=["sethostname", "setns"])
+STAND_INS: dict[str, Engine] = {
+    "docker run --privileged": Engine(PRIVILEGED, masked=False, cgroups="rw"),
     "docker run --cap-add SYS_ADMIN --cap-add NET_ADMIN": Engine(
-        ADDED, masked=True, cgroups="ro"
-    ).run,
-    "the same, SYS_TIME added, cgroups writable": Engine(
-        [*ADDED, "SYS_TIME"], masked=True, cgroups="rw"
-    ).run,
+        ADDED, masked=True, cgroups="ro", refused=["pivot_root"]
+    ),
+    "the same, --cap-add SYS_TIME -v /sys/fs/cgroup:/sys/fs/cgroup": Engine(
+        [*ADDED, "SYS_TIME"], masked=True, cgroups="rw", refused=["pivot_root"]
+    ),
     "docker run --security-opt seccomp=, apparmor=, systempaths=unconfined": Engine(
         DEFAULT, masked=False, cgroups="ro"
-    ).run,
-    "docker run": Engine(DEFAULT, masked=True, cgroups="ro", refused=["mount", "unshare"]).run,
-    "privileged, but seccomp refuses mount": Engine(
-        PRIVILEGED, masked=False, cgroups="rw", refused=["mount"]
-    ).run,
-    "privileged, no cgroups mounted": Engine(PRIVILEGED, masked=False, cgroups="none").run,
-    "a container of our own, privileged=True": in_our_own,
+    ),
+    "docker run": Engine(DEFAULT, masked=True, cgroups="ro", refused=["mount", "unshare"]),
+    "podman run --security-opt unmask=ALL": _UNMASKED_OF_PODMAN,
 }
-"""Where pytest runs, by what a user writes or has."""
+"""For some of `engines.ENVIRONMENTS`."""
 
-ON_V2: dict[str, dict[str, Environment]] = {
+LANES: dict[str, dict[str, Environment]] = {
+    "host": ENVIRONMENTS,
+    "engines": engines.ENVIRONMENTS,
     "root": {
         "root": on_this_host,
     },
@@ -213,7 +220,7 @@ ON_V2: dict[str, dict[str, Environment]] = {
             PRIVILEGED, masked=False, cgroups="own rw"
         ).run,
         "docker run --cap-add, read-only /sys/fs/cgroup": Engine(
-            ADDED, masked=True, cgroups="own ro"
+            ADDED, masked=True, cgroups="own ro", refused=["pivot_root"]
         ).run,
     },
     "service": {"root, a service of systemd": root_service},
@@ -221,7 +228,13 @@ ON_V2: dict[str, dict[str, Environment]] = {
     "delegated": {"a user with a cgroup delegated": on_this_host},
     "alone": {"a user with nothing delegated, one id": on_this_host},
 }
-"""The same where cgroups are of version 2 alone, by lane of ci/v2."""
+"""The rows of the tables in docs/where-it-runs.md, by what makes their machine: nothing,
+`ci/engines`, or a lane of `ci/v2`."""
+HEADS = {
+    "host": "pytest runs as",
+    "engines": "pytest runs as root in a container of",
+    **dict.fromkeys([*LANES][2:], "on cgroup v2 alone, pytest runs as"),
+}
 
 FEATURES = {
     "nat": "network='nat'",
@@ -266,9 +279,28 @@ class Row:
     def text(self, name: str) -> str:
         return "| " + " | ".join([name, *self.cells.values(), self.examples]) + " |"
 
+    def unexplained(self) -> Iterator[str]:
+        """What was refused without a word before the first test, or without reason and cure."""
+        first = re.search(r"^\S+::\S+ (PASSED|ERROR|FAILED)", self.output, re.M)
+        before = self.output[: first.start()] if first else ""
+        for feature, cell in self.cells.items():
+            said = re.search(rf"^test_it.py::test_{feature}: (.*)$", self.output, re.M)
+            if cell == "works":
+                continue
+            if f"\n  test_it.py::test_{feature}\n" not in before:
+                yield f"{feature}: nothing was said before"
+            if not said or not re.search(CURES, said[1]):
+                yield f"{feature}: {said and said[1]}"
 
-def head(where: str = "pytest runs as") -> list[str]:
-    names = [where, *(f"`{name}`" for name in FEATURES), "examples"]
+
+CURES = (
+    "Delegate=yes|writable /sys/fs/cgroup|/sys/fs/cgroup writable|docker run --privileged|"
+    "--cap-add SYS_TIME|systempaths=unconfined|XDG_CACHE_HOME"
+)
+
+
+def head(lane: str) -> list[str]:
+    names = [HEADS[lane], *(f"`{name}`" for name in FEATURES), "examples"]
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
 
@@ -280,7 +312,7 @@ def try_in(environment: Environment, place: Path) -> Row:
     before = os.getcwd()
     os.chdir(place)
     try:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-q"]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-v"]
         done = environment(place, *command, "test_it.py", "examples")
     finally:
         os.chdir(before)
@@ -297,11 +329,11 @@ def try_in(environment: Environment, place: Path) -> Row:
 
 
 def main() -> None:
-    """Print the table of docs/where-it-runs.md, found by running; in a machine of ci/v2 its rows of
-    the other one."""
-    lane = os.environ.get("NSBOX_LANE")
-    print("\n".join(head() if lane is None else head(HEAD_V2)))
-    for name, environment in (ENVIRONMENTS if lane is None else ON_V2[lane]).items():
+    """Print a table of docs/where-it-runs.md, found by running; in `ci/engines` and in a machine of
+    `ci/v2` its rows of theirs."""
+    lane = os.environ.get("NSBOX_LANE", "host")
+    print("\n".join(head(lane)))
+    for name, environment in LANES[lane].items():
         with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
             print(try_in(environment, Path(place)).text(name), flush=True)
 
