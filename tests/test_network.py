@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -159,10 +160,39 @@ def test_a_new_owner_of_an_address_is_made_known() -> None:
     requests = [request.describe() for request in interface.wire("eth0", 2, 3)]
     assert requests == [
         "ip link add veth12 type veth peer name eth0",
-        "bridge fdb replace 02:42:0a:09:00:02 dev veth12 master static",
+        "bridge fdb replace 02:42:0a:09:00:02 dev veth12 master static sticky",
         "ip neigh replace 10.9.0.2 lladdr 02:42:0a:09:00:02",
         "ip neigh replace fd6e:7362:a09::2 lladdr 02:42:0a:09:00:02",
     ]
+
+
+def test_the_last_owner_of_an_address_is_not_taken_for_the_new_one(
+    nsbox_container_factory: Any,
+) -> None:
+    """Its network is taken down later; here a process holds it, and speaks to the others."""
+    client = nsbox_container_factory("client")
+    old = nsbox_container_factory("old")
+    script = """if 1:
+        import socket, sys
+        listener = socket.create_server(("", 80))
+        while True:
+            print("on", flush=True)
+            sys.stdin.readline() or sys.exit()
+            socket.socket(type=socket.SOCK_DGRAM).sendto(b"", (sys.argv[1], 9))
+    """
+    enter = ["nsenter", f"--net=/proc/{old.pid}/ns/net", sys.executable, "-c", script, client.ip]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(enter, **pipes) as holder:
+        assert holder.stdin and holder.stdout
+        assert holder.stdout.readline() == "on\n"
+        old.close()
+        new = nsbox_container_factory("new")
+        assert new.ip == old.ip
+        print(file=holder.stdin, flush=True)
+        assert holder.stdout.readline() == "on\n"
+        refused = client.run(["curl", "--silent", "--max-time", "5", f"http://{new.ip}"])
+        assert refused.returncode == 7
+        holder.stdin.close()
 
 
 def test_a_link_has_one_queue_however_many_cpus_there_are(nsbox_container: Container) -> None:

@@ -160,11 +160,11 @@ def test_teardown_says_who_does_not_die_and_ends_within_its_time() -> None:
     try:
         container = session.container()
         container.popen(["sleep", "1234"])
-        stuck = next(
-            pid
-            for pid in os.listdir("/proc")
-            if pid.isdigit() and b"sleep\x001234" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
+        stuck = ""
+        while not stuck:  # a program's arguments are to be seen a moment after it has started
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                if b"sleep\x001234" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    stuck = pid
         (group / "cgroup.procs").write_text(stuck)
         (group / "freezer.state").write_text("FROZEN")
         begin = time.monotonic()

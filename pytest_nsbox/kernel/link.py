@@ -32,7 +32,7 @@ RTM_NEWADDR, RTM_NEWROUTE, RTM_GETROUTE, RTM_NEWNEIGH = 20, 24, 26, 28
 IFF_UP = 1
 IFA_F_NODAD = 0x02
 NUD_PERMANENT, NUD_NOARP = 0x80, 0x40
-NTF_SELF, NTF_MASTER = 0x02, 0x04
+NTF_SELF, NTF_MASTER, NTF_STICKY = 0x02, 0x04, 0x40
 IFLA_OPERSTATE, IF_OPER_UP = 16, 6
 RTMGRP_LINK, RTMGRP_IPV4_ROUTE = 1, 0x40
 _PATIENCE = 5.0  # seconds; the kernel's work queue takes at most one
@@ -222,10 +222,11 @@ def replace_forwarding(index: int, name: str, mac: str) -> Request:
     """The bridge's port for `mac`.
 
     An address is given out again while the kernel still takes the last owner's veth down; what
-    the bridge learned from that one would swallow the first packets to the new one.
+    the bridge learned from that one would swallow the first packets to the new one. Sticky, or it
+    would learn it again: who is being taken down still answers, and a static entry moves.
     """
     return Request(
-        f"bridge fdb replace {mac} dev {name} master static",
+        f"bridge fdb replace {mac} dev {name} master static sticky",
         RTM_NEWNEIGH,
         NLM_F_CREATE | NLM_F_REPLACE,
         _forwarding().fill(index=_INT.pack(index), mac=_hardware(mac)),
@@ -235,7 +236,7 @@ def replace_forwarding(index: int, name: str, mac: str) -> Request:
 @functools.cache
 def _forwarding() -> Template:
     index, mac = 0x7E57AB1E, "7e:57:00:ad:d4:e5"
-    encoded = _neighbour(socket.AF_BRIDGE, index, NTF_MASTER, [("NDA_LLADDR", mac)])
+    encoded = _neighbour(socket.AF_BRIDGE, index, NTF_MASTER | NTF_STICKY, [("NDA_LLADDR", mac)])
     return Template(encoded, index=_INT.pack(index), mac=_hardware(mac))
 
 
