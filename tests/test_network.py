@@ -183,7 +183,8 @@ def test_the_last_owner_of_an_address_is_not_taken_for_the_new_one(
     enter = ["nsenter", f"--net=/proc/{old.pid}/ns/net", sys.executable, "-c", script, client.ip]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(enter, **pipes) as holder:
-        assert holder.stdin and holder.stdout
+        assert holder.stdin is not None
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "on\n"
         old.close()
         new = nsbox_container_factory("new")
