@@ -1,10 +1,11 @@
 """What containers cost, beside other programs and beside a floor, in one run.
 
-    .venv/bin/python bench/compare.py [--runs N] [--count N] [--only NAME] [--write]
+    [ci/engines] .venv/bin/python bench/compare.py [--runs N] [--count N] [--only NAME] [--write]
 
-Run as root, on a machine that does nothing else. The cases of a section take turns, so that what
-drifts (clock rate, caches, other load) hits all alike. `--write` makes docs/performance.md, its
-plot, the table of goals in README.md, and ratios.json, which `guard.py` compares with.
+Run as root, on a machine that does nothing else; ci/engines has Docker and podman. The cases of a
+section take turns, so that what drifts (clock rate, caches, other load) hits all alike. `--write`
+makes docs/performance.md, its plot, the table of goals in README.md, and ratios.json, which
+`guard.py` compares with.
 """
 
 from __future__ import annotations

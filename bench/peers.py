@@ -139,7 +139,7 @@ class Runner:
 
 
 def engines(stack: ExitStack, directory: Path) -> tuple[list[Peer], dict[str, str]]:
-    """Docker and podman, where they are there and answer, and why others are not. Each has an
+    """Docker and podman, where they answer, as in `ci/engines`, and why others do not. Each has an
     image of its own, with busybox alone, until `stack` is left."""
     found: list[Peer] = []
     missing: dict[str, str] = {}
@@ -161,6 +161,8 @@ def engines(stack: ExitStack, directory: Path) -> tuple[list[Peer], dict[str, st
             subprocess.run([engine, "import", archive, image], check=True, capture_output=True)
             stack.callback(subprocess.run, [engine, "rmi", "-f", image], capture_output=True)
             limits = [f"--cpus={CPUS}", f"--memory={MEMORY}", f"--pids-limit={PIDS}"]
+            if "ENGINES_CGROUP" in os.environ:  # of ci/engines, which removes it
+                limits.append(f"--cgroup-parent={os.environ['ENGINES_CGROUP']}")
             argv = [engine, "run", "--rm", *limits, image, "/bin/true"]
             found.append(Peer(name, package, argv, "all: bridge, NAT, limits, overlay, seccomp"))
     return found, missing
