@@ -119,9 +119,40 @@ def test_on_a_host_that_has_all_nothing_is_said(pytester: pytest.Pytester) -> No
     assert "cannot run here" not in done.stdout
 
 
-def test_workers_say_it_among_the_warnings_once(pytester: pytest.Pytester) -> None:
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_tests_may_ask_for_as_they_run_is_said_where_one_may(
+    pytester: pytest.Pytester, host: str
+) -> None:
+    pytester.makepyfile(
+        test_plain="def test_it(nsbox_container): pass",
+        test_factory="def test_it(nsbox_container_factory): pass",
+        test_spec="""
+        import pytest
+
+        @pytest.fixture
+        def nsbox_spec(): return {}
+
+        def test_it(nsbox_container): pass
+        """,
+    )
+    _, lacking, _ = HOSTS[host]
+    names = [f"{name}=" for name in KEYWORDS if name in lacking and name != "swap"]
+    assert "not here" not in run_on(host, pytester, "test_plain.py")
+    for file in ("test_factory.py", "test_spec.py"):
+        output = run_on(host, pytester, file)
+        before = output.split(f"\n{file} ")[0]
+        (said,) = re.findall("nsbox: not here, should .* it runs: (.*?=): (.*)", before)
+        assert sorted(said[0].split(", ")) == sorted(names)
+        assert re.search("docker run --privileged|--cap-add SYS_TIME|systempaths", said[1])
+
+
+def test_workers_say_it_once_before_the_tests_and_among_the_warnings(
+    pytester: pytest.Pytester,
+) -> None:
     pytester.makepyfile(test_it=source())
     output = run_on("no cgroups", pytester, "-p", "xdist.plugin", "-n2", "-W", "error")
-    assert len(re.findall("nsbox: 1 test cannot run here", output)) == len(CGROUP) - 2
-    assert output.count("nsbox: 2 tests cannot run here, ") == 1  # memory and swap
+    before, after = re.split(r"^=+ ERRORS =+$", output, maxsplit=1, flags=re.M)
+    for text in (before, after.partition(" warnings summary ")[2]):
+        assert len(re.findall("nsbox: 1 test cannot run here", text)) == len(CGROUP) - 2
+        assert text.count("nsbox: 2 tests cannot run here, ") == 1  # memory and swap
     assert " 5 warnings, " in output

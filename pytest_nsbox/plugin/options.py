@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from pytest_nsbox.plugin.telling import Controller
+
 
 class Option:
     """One option. No dataclass: making one would cost every run of pytest a millisecond."""
@@ -186,6 +188,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in OPTIONS:
         value(config, name)
     number(config, "pool")
+    config.pluginmanager.register(Controller(config))
     if value(config, "subnet") == OPTIONS["subnet"].default:
         return
     from pytest_nsbox.errors import SpecError

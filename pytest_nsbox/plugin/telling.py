@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+_OURS = "nsbox"  # in place of a file
 _ALONE = {"workercount": 1, "workerid": "gw0"}
 
 
@@ -26,8 +27,21 @@ def is_first_worker(config: pytest.Config) -> bool:
 def tell(config: pytest.Config, text: str) -> None:
     """Have it in the summary of warnings, and never as an error."""
     message = warnings.WarningMessage(
-        pytest.PytestWarning(f"nsbox: {text}"), pytest.PytestWarning, "nsbox", 0
+        pytest.PytestWarning(f"nsbox: {text}"), pytest.PytestWarning, _OURS, 0
     )
     config.hook.pytest_warning_recorded.call_historic(
         kwargs={"warning_message": message, "when": "collect", "nodeid": "", "location": None}
     )
+
+
+class Controller:
+    """What pytest-xdist's workers tell is shown as it comes, before the first test has ended."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._manager = config.pluginmanager
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
+        reporter = self._manager.get_plugin("terminalreporter")
+        if warning_message.filename == _OURS and self._manager.hasplugin("dsession") and reporter:
+            reporter.ensure_newline()
+            reporter.write_line(str(warning_message.message))
