@@ -92,6 +92,18 @@ def test_a_masked_proc_is_found_by_mounting_one() -> None:
     assert found["/proc"]["works"]
 
 
+def test_what_a_container_lacks_has_the_cure_for_containers() -> None:
+    in_docker = ("env", "container=docker")
+    _, found = examine(*in_docker, "setpriv", "--bounding-set=-sys_time", "--inh-caps=-sys_time")
+    assert found["time namespace"]["cure"].startswith("docker run --cap-add SYS_TIME ")
+    no_tun = without("mount -t tmpfs none /dev/net")
+    _, found = examine(*in_docker, *no_tun, "setpriv", "--bounding-set=-sys_admin")
+    for program in ("pasta", "slirp4netns"):
+        assert "/dev/net/tun" in found[program]["why"]
+        assert found[program]["cure"].startswith("docker run --device /dev/net/tun ")
+    assert found["overlay on /"]["cure"].startswith("docker run --privileged ")
+
+
 def test_a_refused_user_namespace_is_found() -> None:
     """As with a limit of none; AppArmor refuses later, at the netlink call."""
     limit = "unshare -U -r true && echo 0 >/proc/sys/user/max_user_namespaces"

@@ -147,7 +147,10 @@ def test_the_next_init_is_forked_ahead_and_may_die(nothing_left: Snapshot) -> No
         with session.container(**SPEC) as second:
             assert second.pid == waiting
             (waiting,) = _named(session, "nsbox-ahead")
+            pidfd = os.pidfd_open(waiting)
             os.kill(waiting, signal.SIGKILL)
+            select.select([pidfd], [], [])
+            os.close(pidfd)
         with session.container(**SPEC) as third:
             assert third.pid != waiting
             third.run(["true"], check=True)

@@ -184,6 +184,7 @@ def pasta() -> str | None:
     program = _program("pasta")
     if userns.is_administrator():
         return "there; root does without it"
+    _open_tun()
     done = subprocess.run(
         [program, "--config-net", "--quiet", "--", "cat", "/proc/net/route"],
         capture_output=True,
@@ -196,6 +197,7 @@ def pasta() -> str | None:
 
 def slirp4netns() -> str | None:
     program = _program("slirp4netns")
+    _open_tun()
     ready, tell = os.pipe()
     own_net, wait = os.pipe()
     inside = os.fork()
@@ -229,6 +231,14 @@ def slirp4netns() -> str | None:
         slirp.wait()
         os.waitpid(inside, 0)
     return None
+
+
+def _open_tun() -> None:
+    """What a program that makes a tunnel waits for in vain where it cannot."""
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise Lacking(f"/dev/net/tun: {error.strerror}") from error
 
 
 def _program(name: str) -> str:

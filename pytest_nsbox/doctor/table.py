@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +72,17 @@ def _package(name: str) -> Callable[[], str]:
     return lambda: host.install(name, host.distribution())
 
 
+def _tunnel(name: str) -> Callable[[], str]:
+    package = _package(name)
+    return lambda: package() if shutil.which(name) is None else _tun()
+
+
+def _clock() -> str:
+    if host.container_kind() and userns.is_administrator():
+        return host.grant("--cap-add SYS_TIME")
+    return _privileged()
+
+
 def _tun() -> str:
     if not os.path.exists("/dev/net/tun"):
         if host.container_kind():
@@ -94,7 +107,7 @@ def _forwarding() -> str:
 def _subids() -> str:
     if not os.path.exists("/usr/bin/newuidmap"):
         return host.install("uidmap", host.distribution())
-    return f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {os.getuid()}"
+    return f"{host.sudo()}usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $USER"
 
 
 ROOT, USER = "root", "user"
@@ -103,7 +116,7 @@ BOTH = (ROOT, USER)
 CHECKS = (
     Check("namespaces", probes.other_namespaces, "every test", BOTH, _privileged),
     Check("user namespaces", probes.user_namespace, "userns", (USER,), _user_namespaces),
-    Check("time namespace", probes.time_namespace, "uptime", (), _privileged),
+    Check("time namespace", probes.time_namespace, "uptime", (), _clock),
     Check("/proc", probes.proc_mount, "every test", BOTH, _privileged),
     Check(
         "/proc below a user namespace",
@@ -133,8 +146,8 @@ CHECKS = (
     Check("forwarding", probes.forwarding_policy, "network=nat", (), _forwarding),
     Check("netem", probes.netem, "latency, loss", (), _module("sch_netem")),
     Check("tun", probes.tun, "/dev/net/tun", (), _tun),
-    Check("pasta", probes.pasta, "network=nat of a user", (), _package("pasta")),
-    Check("slirp4netns", probes.slirp4netns, "network=nat of a user", (), _package("slirp4netns")),
+    Check("pasta", probes.pasta, "network=nat of a user", (), _tunnel("pasta")),
+    Check("slirp4netns", probes.slirp4netns, "network=nat of a user", (), _tunnel("slirp4netns")),
     Check("subordinate ids", probes.subordinate_ids, "user", (), _subids),
     Check("seccomp", probes.system_call_filter, "every test", BOTH, _privileged),
     Check("disk", probes.disk_room, "rootfs, memory, io", (), lambda: "nsbox cache prune"),
@@ -189,11 +202,20 @@ def examine(name: str, record: Callable[[str], None]) -> list[Finding]:
     for check in CHECKS:
         outcomes = cgroups if check.probe is None else iter(told[check.name])
         outcome = next(outcomes, late)
-        cure = "" if outcome.works else check.cure()
+        cure = "" if outcome.works else _cure(check, outcome.text)
         findings.append(
             Finding(check.name, outcome.works, outcome.text, cure, check.needs, who in check.needed)
         )
     return findings
+
+
+def _cure(check: Check, why: str) -> str:
+    """What the kernel refuses as a whole is no matter of a module that is missing."""
+    refused = os.strerror(errno.EPERM)
+    if f"CLONE_NEWUSER: {refused}" in why:
+        return _user_namespaces()
+    cure = check.cure()
+    return _privileged() if refused in why and "modprobe" in cure else cure
 
 
 def _group(probe: Callable[[], str | None]) -> Callable[[], Iterator[Outcome]]:
