@@ -20,7 +20,7 @@ MARK = "NSBOX_TEST_RUN"
 # init, when that pleases, before which its container cannot end (pid_namespaces(7))
 _ADDED_LATER = re.compile(r"fe80:|ff00::/8")
 GRACE = 40.0 if os.environ.get("RUN_IN_V2") else 10.0
-_MOST_BETWEEN = 0.5  # seconds
+_MOMENT = 0.5  # seconds
 os.environ[MARK] = str(os.getpid())
 
 
@@ -138,6 +138,18 @@ def _descriptors() -> set[str]:
     return {line for line in found if not line.endswith("/fd")}
 
 
+def awake(seconds: float) -> Iterator[None]:
+    """Turns for so long, but at least two. Of each at most a moment counts: while the machine, or
+    this process, stood still, nobody has taken anything down either."""
+    then = time.monotonic()
+    yield
+    while seconds > 0:
+        yield
+        now = time.monotonic()
+        seconds -= min(now - then, _MOMENT)
+        then = now
+
+
 @dataclass
 class Snapshot:
     """Sets of lines, one set for each kind of thing."""
@@ -169,19 +181,13 @@ class Snapshot:
 
     def must_equal_soon(self, grace: float = GRACE) -> None:
         """Fail for what is still there after `grace` seconds: who was orphaned needs a moment,
-        and for the end of a stranger's child there is no event.
-
-        Of the time between two looks at most so much counts: a machine that stood still has
-        taken nothing down either.
-        """
-        then = time.monotonic()
-        while left := self.added_in(take()):
-            if grace < 0:
-                raise AssertionError("left behind:\n" + "\n".join(left))
+        and for the end of a stranger's child there is no event."""
+        left = []
+        for _ in awake(grace):
+            if not (left := self.added_in(take())):
+                return
             select.select([], [], [], 0.02)
-            now = time.monotonic()
-            grace -= min(now - then, _MOST_BETWEEN)
-            then = now
+        raise AssertionError("left behind:\n" + "\n".join(left))
 
 
 def take() -> Snapshot:

@@ -13,7 +13,7 @@ SAMPLES = {
     faults.Build: 12,
     faults.ForkAhead: 12,
     faults.BuildAhead: 12,
-    faults.TakeDown: 8,
+    faults.TakeDown: 12,
     faults.End: 3,
     faults.EndAhead: 3,
 }

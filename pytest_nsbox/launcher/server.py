@@ -307,9 +307,11 @@ class Launcher:
 
     def notice_memory(self, container: Container) -> None:
         """Kill all of a container in which the kernel has killed a process for its memory."""
-        limited = container.order.limits.memory is not None
-        if limited and container.cgroup is not None and container.cgroup.oom_kills():
-            container.kill("memory")
+        if container.cgroup is None or container.order.limits.memory is None:
+            return
+        with contextlib.suppress(OSError):  # then nobody knows why, but it has to end all the same
+            if container.cgroup.oom_kills():
+                container.kill("memory")
 
     def _died(self, container: Container) -> None:
         self.selector.unregister(container.pidfd)

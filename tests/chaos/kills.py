@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pytest_nsbox.kernel import processes
 from pytest_nsbox.launcher import ledger
-from tests.audit import take
+from tests.audit import awake, take
 
 HERE = Path(__file__).parent
 MEMORY = Path("/sys/fs/cgroup/memory")
@@ -55,6 +55,10 @@ SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGHUP": signal.SIGHUP,
 }
+
+
+# who is started in the background ignores these, and so does what it starts
+_WITH_SIGNALS = ["env", "--default-signal=INT,HUP,TERM"]
 
 
 @dataclass
@@ -109,7 +113,7 @@ class Victim:
             (self.group / "memory.limit_in_bytes").write_text("400M")
             command = ["sh", "-c", f'echo 0 > {self.group}/tasks; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
-            command,
+            [*_WITH_SIGNALS, *command],
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -187,13 +191,13 @@ class Victim:
 
     def wait(self) -> bool:
         """False when it has to be killed, since it goes on."""
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return False
-        return True
+        for _ in awake(PATIENCE):
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.2)
+                return True
+        self.process.kill()
+        self.process.wait()
+        return False
 
 
 def go_through(number: int, dice: random.Random, plant: str | None = None) -> Tally:
