@@ -72,6 +72,20 @@ def test_it(narrow):
     here("body")
 """
 
+LATE = """
+@pytest.fixture(scope="module")
+def late(tmp_path_factory):
+    path = tmp_path_factory.mktemp("late")
+    yield
+    time.sleep(1.5)  # longer than the parent waits before it interrupts the body itself
+    (path / "torn-down").touch()
+
+"""
+
+ASK = """
+    request.getfixturevalue("late")
+"""
+
 NEXT = """
 def test_next(wide, nsbox_container):
     nsbox_container.run(["true"], check=True)
@@ -119,9 +133,27 @@ def test_ctrl_c(
     assert status == pytest.ExitCode.INTERRUPTED, output
     assert "KeyboardInterrupt" in output
     assert ("1 passed" in output) == (place == "teardown"), output
-    # an interrupt in a finalizer takes pytest's other ones of that test along
-    assert place == "teardown" or (pytester.path / "tmp/notes0/torn-down").exists()
+    assert (pytester.path / "tmp/notes0/torn-down").exists()
     assert "not taken down" not in output
+
+
+@pytest.mark.parametrize("marker", ["", "@pytest.mark.sandbox\n"], ids=["plain", "inside"])
+def test_ctrl_c_in_a_finalizer_leaves_the_others_to_run(
+    marker: str,
+    pytester: pytest.Pytester,
+    waiting: Callable[[str], Waiting],
+    nothing_left: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the module's fixtures, and of the test's that end with a wider one."""
+    monkeypatch.setenv("PLACE", "teardown")
+    monkeypatch.setenv("END", "wait")
+    run = waiting(BEGIN + LATE + f"{marker}def test_it(narrow, request):" + ASK)
+    os.killpg(run.process.pid, signal.SIGINT)
+    status, output = run.end()
+    assert status == pytest.ExitCode.INTERRUPTED, output
+    for name in ("late", "notes"):
+        assert (pytester.path / f"tmp/{name}0/torn-down").exists()
 
 
 @pytest.mark.parametrize("step", ["nsbox_session.container()", "container.close()"])

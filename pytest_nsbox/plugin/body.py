@@ -6,6 +6,7 @@ import copy
 import faulthandler
 import os
 import pickle
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -44,6 +45,7 @@ class Body:
         self._failure: BaseException | None = None
         self._suspended = False  # whether wider fixtures are kept for another run of the test
         self._logged: pytest.TestReport | None = None
+        self._finalizers: list[Callable[[], object]] = []  # those left while the test is torn down
         self._unsaid: list[tuple[str, Any]] = []  # what can wait for the next word
 
     def run(self, talk: Talk, env: Mapping[str, str], probe: bool) -> None:
@@ -72,6 +74,8 @@ class Body:
                 self._phases()
             except (pytest.exit.Exception, KeyboardInterrupt) as error:
                 self.deadline.pause()
+                with suppress(ValueError):  # not in a thread; the parent answers a second one
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
                 place = _place(error)
                 with suppress(BaseException):  # the first one is what ends the run
                     self.item.session._setupstate.teardown_exact(None)
@@ -163,19 +167,22 @@ class Body:
         def here(nextitem: pytest.Item | None) -> None:
             # a plugin that is about to repeat the test has taken them away from the stack
             self._suspended = not shared.keys() - {self.item} <= state.stack.keys()
-            own = [
-                (node, finalizers[shared.get(node, 0) :])
-                for node, (finalizers, _) in state.stack.items()
-                if node is not self.item
-            ]
+            own = []
+            for node, (finalizers, _) in state.stack.items():
+                if node is not self.item:
+                    own.append(finalizers[shared.get(node, 0) :])
+                    del finalizers[shared.get(node, 0) :]
 
             def wider() -> None:
-                for _, finalizers in reversed(own):
+                for finalizers in reversed(own):
                     while finalizers:
                         finalizers.pop()()
 
             if self.item in state.stack:
-                state.stack[self.item][0].insert(0, wider)
+                self._finalizers, _ = state.stack[self.item]
+                self._finalizers.insert(0, wider)
+            else:  # an interrupt has come between; in pytest the end of wider ones ends these, too
+                state.stack[self.item] = (self._finalizers, None)
             tear_down(self.item.parent)
 
         state.teardown_exact = here
