@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nsbox import CallError, Container, Session, TeardownError, wire
-from pytest_nsbox.kernel import cgroup_files
+from pytest_nsbox import Bind, CallError, Container, Session, TeardownError, wire
+from tests import unanswered
 from tests.audit import Snapshot
 from tests.test_cli import nsbox
 
@@ -229,44 +230,70 @@ def test_a_body_in_a_paused_container_is_killed_all_the_same(nothing_left: Snaps
             container.close()
 
 
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_signal_lets_a_paused_container_go_on(end: str, nothing_left: Snapshot) -> None:
+    with Session() as session, session.container() as container:
+        process = container.popen(["sleep", "1000"])
+        container.pause()
+        with deadline():
+            getattr(process, end)()
+            assert process.wait() == -int(signal.SIGKILL if end == "kill" else signal.SIGTERM)
+        container.run(["true"], check=True)
+        assert not container.paused
+
+
 @contextmanager
-def stuck(session: Session, count: int) -> Iterator[list[int]]:
-    """Processes that SIGKILL does not end: a frozen cgroup of version 1 stands for a kernel that
-    waits for a device. Each in a container of its own."""
-    group = Path("/sys/fs/cgroup/freezer") / f"stuck-{os.getpid()}"
-    group.mkdir()
+def stuck(session: Session, count: int, tmp_path: Path) -> Iterator[list[Container]]:
+    """Containers with a process each that SIGKILL does not end: the kernel waits for an answer."""
     pidfds: list[int] = []
     try:
-        pids = []
-        for _ in range(count):
-            container = session.container(memory="64M", cpus=1, pids=50, cpuset="0")
-            process = container.popen(["sleep", "1000"])
-            children = Path(f"/proc/{container.pid}/task/{container.pid}/children").read_text()
-            pids.append(int(children))
-            pidfds.append(os.pidfd_open(pids[-1]))
-            (group / "cgroup.procs").write_text(str(pids[-1]))
-            process.abandon()
-            container._init.close()
-            os.close(container.pidfd)
-        (group / "freezer.state").write_text("FROZEN")
-        yield pids
+        with unanswered.mounted(tmp_path) as waiting:
+            containers = []
+            for _ in range(count):
+                container = session.container(
+                    memory="64M", cpus=1, pids=50, mounts=[Bind(tmp_path, "/mnt", read_only=True)]
+                )
+                containers.append(container)
+                container.popen(["cat", f"/mnt/{unanswered.NAME}"])
+                assert os.read(waiting, 1)
+                children = f"/proc/{container.pid}/task/{container.pid}/children"
+                pidfds.append(os.pidfd_open(int(Path(children).read_text())))
+            yield containers
     finally:
-        (group / "freezer.state").write_text("THAWED")
         for pidfd in pidfds:
             assert wire.is_ready(pidfd, DEADLINE)
             os.close(pidfd)
-        cgroup_files.rmdir(str(group))
 
 
-def test_five_containers_that_do_not_end_are_given_up_together(nothing_left: Snapshot) -> None:
-    """And what they have left is swept once they can be."""
-    if not Path("/sys/fs/cgroup/freezer").is_dir():
-        pytest.xfail("version 2 alone kills what is frozen")
+def test_who_waits_for_a_device_is_named_and_given_up(
+    nothing_left: Snapshot, tmp_path: Path
+) -> None:
     session = Session()
     session.describe()
-    with stuck(session, 5) as pids:
+    with stuck(session, 1, tmp_path) as (container,):
+        for step in (lambda: container.stop(timeout=0.5), container.close):
+            with deadline(), pytest.raises(TeardownError, match=r"not end: \d+ \(cat\) in state D"):
+                step()
+        with session.container() as usable:
+            usable.run(["true"], check=True)
+        with deadline(), pytest.raises(TeardownError, match="left behind"):
+            session.close()
+    assert "cgroup" in nsbox("gc").stdout
+
+
+def test_five_containers_that_do_not_end_are_given_up_together(
+    nothing_left: Snapshot, tmp_path: Path
+) -> None:
+    """And what they have left is swept once they can be."""
+    session = Session()
+    session.describe()
+    with stuck(session, 5, tmp_path) as containers:
+        for container in containers:
+            for process in container.processes:
+                process.abandon()
+            container._init.close()
+            os.close(container.pidfd)
         with deadline(), pytest.raises(TeardownError) as caught:
             session.close()
-        for pid in pids:
-            assert f"{pid} (sleep) in state D" in str(caught.value)
+        assert str(caught.value).count("(cat) in state D") >= 5
     assert "cgroup" in nsbox("gc").stdout

@@ -79,6 +79,7 @@ class Container:
         """SIGKILL to PID 1; the kernel takes every other process of the namespace with it."""
         if self.alive:
             self.reason = self.reason or reason
+            self.until = self.until or time.monotonic() + UNTIL_DEAD
             if self.cgroup is not None and self.last is None:
                 with contextlib.suppress(OSError):
                     self.last = self.cgroup.stats()
@@ -92,8 +93,7 @@ class Container:
         """Wait until PID 1, and so every process of the container, is gone."""
         if not self.alive:
             return
-        left = self.until - time.monotonic() if self.until else UNTIL_DEAD
-        if not wire.is_ready(self.pidfd, max(left, 0)):
+        if not wire.is_ready(self.pidfd, max(self.until - time.monotonic(), 0)):
             members = () if self.cgroup is None else self.cgroup.members()
             raise OSError(16, f"killed, but does not end: {describe(members or {self.pid})}")
         if self.cgroup is not None and self.last is None:

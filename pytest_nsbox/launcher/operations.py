@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pytest_nsbox import rootfs, wire
-from pytest_nsbox.errors import ContainerDied, SetupError, UnsupportedError
+from pytest_nsbox.errors import ContainerDied, SetupError, TeardownError, UnsupportedError
 from pytest_nsbox.kernel import processes
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.build import Container, make_cgroup
@@ -69,7 +69,8 @@ def state(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     container = launcher.get(message)
     launcher.notice_memory(container)
     if container.reason or container.has_ended():
-        container.reap()
+        with contextlib.suppress(OSError):  # who does not end is said by what takes it down
+            container.reap()
     return {**container.state(), **_running(message, container)}, []
 
 
@@ -152,7 +153,10 @@ def kill(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     container = launcher.get(message)
     running = _running(message, container)
     container.kill(message.get("reason", "killed"))
-    container.reap()
+    try:
+        container.reap()
+    except OSError as error:
+        raise TeardownError(f"container {container.order.name!r}: {error.strerror}") from error
     return {**container.state(), **running}, []
 
 

@@ -28,14 +28,7 @@ from pytest_nsbox.kernel import cgroup, mounts, userns
 from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
-from pytest_nsbox.launcher.build import (
-    UNTIL_DEAD,
-    Container,
-    Joiner,
-    Workshop,
-    begin,
-    finish,
-)
+from pytest_nsbox.launcher.build import Container, Joiner, Workshop, begin, finish
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.neighbours import Neighbours
 from pytest_nsbox.launcher.networks import Networks
@@ -170,10 +163,8 @@ class Launcher:
         for container in list(self.dying.values()):
             self._bury_late(container)
         errors += self.late
-        until = time.monotonic() + UNTIL_DEAD
         for container in list(self.containers.values()):
-            container.kill("stopped")
-            container.until = until  # together, not one after the other
+            container.kill("stopped")  # together, not one after the other
         for container in list(self.containers.values()):
             try:
                 self._bury(container)
@@ -214,7 +205,8 @@ class Launcher:
             except NsboxError as error:
                 reply = {"error": wire.dump_error(error)}
             except Exception as error:
-                reply = {"error": wire.dump_error(SetupError(f"{message['op']}: {error!r}"))}
+                text = str(error) if isinstance(error, OSError) else repr(error)
+                reply = {"error": wire.dump_error(SetupError(f"{message['op']}: {text}"))}
             finally:
                 wire.close_all(fds)
             try:
@@ -336,7 +328,6 @@ class Launcher:
         for interface in container.interfaces:
             interface.leave()
         self.dying[container.id] = self.containers.pop(container.id)
-        container.until = time.monotonic() + UNTIL_DEAD
         if not container.alive:
             self._bury_late(container)
         while len(self.dying) > _MOST_DYING:

@@ -37,7 +37,7 @@ class Container:
     """A running container. Made by `Session.container` or a fixture, never by hand.
 
     `name`, `hostname`; `ip` and `ip6` on its first network, None without one; `pid` of its PID 1
-    as the host counts; `spec`, what it was made from.
+    as the host counts; `paused`; `spec`, what it was made from.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Container:
         self.bodies: list[Inside] = []  # forks of this process that are at work inside
         self._init = socket.socket(fileno=fds[0])
         self.pidfd = fds[1]
+        self.paused = False
         self._owner = os.getpid()
         self.closed = False
         self._used = False  # something has run in it
@@ -126,12 +127,15 @@ class Container:
         self._last, self.unyielding = reply, reply.get("running", [])
 
     def pause(self) -> None:
-        """Stop every process where it is (cgroups(7), freezer)."""
+        """Stop every process where it is (cgroups(7), freezer), PID 1 as well: what is asked of
+        it, such as to start another, is done after `unpause`."""
         self.session.request("freeze", id=self.id, frozen=True)
+        self.paused = True
 
     def unpause(self) -> None:
         """Let the processes go on."""
         self.session.request("freeze", id=self.id, frozen=False)
+        self.paused = False
 
     def update(self, **limits: Any) -> None:
         """Change limits of the running container: cpus, cpuset, memory, swap, pids, io."""

@@ -179,8 +179,13 @@ class Process(subprocess.Popen[Any]):
         )
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal; nothing happens when it has ended already."""
+        """Send a signal; nothing happens when it has ended already.
+
+        A paused container goes on first, as with `docker kill`: it would not arrive before.
+        """
         if self.poll() is None:
+            if self.container.paused:
+                self.container.unpause()
             self.container.request_init({"op": "kill", "pid": self.pid, "signal": int(sig)})
 
     def terminate(self) -> None:
