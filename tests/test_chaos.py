@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 
 def chaos(*options: str) -> tuple[int, str]:
     done = subprocess.run(
@@ -26,8 +24,10 @@ def test_nothing_is_left_by_kills_at_random_moments() -> None:
     assert re.search(r"^all +30 ", output, re.MULTILINE), output
 
 
-@pytest.mark.parametrize("what", ["cgroup", "layer", "process"])
-def test_a_leak_on_purpose_is_found(what: str) -> None:
-    status, output = chaos("--kills=1", f"--plant={what}")
+def test_leaks_on_purpose_are_found() -> None:
+    plants = ("--plant=cgroup", "--plant=layer", "--plant=process")
+    status, output = chaos("--kills=1", *plants)
     assert status == 1, output
     assert "LEFT by SIGKILL pytest" in output
+    for line in (r"cgroups: \+ .*/nsbox-", r"files: \+ .*-planted$", r"processes: \+ .*sleep 1000"):
+        assert re.search(rf"^  {line}", output, re.MULTILINE), output

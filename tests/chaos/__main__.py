@@ -1,7 +1,7 @@
 """Try by force whether anything stays behind, and print the figures.
 
     .venv/bin/python -m tests.chaos [--kills N] [--faults all|N] [--containers N] [--seed N]
-                                    [--plant cgroup|layer|process]
+                                    [--plant cgroup|layer|process]...
 
 Run as root, on a machine that does nothing else meanwhile. Sessions are killed at random moments;
 every step of a session is made to fail, with `--faults N` so many of each part; and many containers
@@ -24,7 +24,8 @@ def main() -> int:
     parser.add_argument("--faults", default="all", metavar="all|N")
     parser.add_argument("--containers", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
-    parser.add_argument("--plant", choices=("cgroup", "layer", "process"))
+    kinds = ("cgroup", "layer", "process")
+    parser.add_argument("--plant", choices=kinds, action="append", default=[])
     options = parser.parse_args()
     wrong = 0
     if options.kills:

@@ -30,7 +30,7 @@ LIFE = 2.5  # seconds; the moment of a kill is drawn from these
 GRACE = 2.0  # seconds in which who survives takes all down
 LATE = 20.0  # seconds after which what is there has been left behind
 PATIENCE = 90.0  # seconds by which a victim must have ended
-BATCH = 4
+BATCH, MIXED = 4, 5  # how many are killed at the same time
 
 # whether the launcher survives, and so has to have taken all down by itself
 KINDS = {
@@ -82,7 +82,7 @@ class Tally:
 class Victim:
     """One session, and how it is going to end."""
 
-    def __init__(self, kind: str, dice: random.Random, plant: str | None, stack: ExitStack) -> None:
+    def __init__(self, kind: str, dice: random.Random, plant: list[str], stack: ExitStack) -> None:
         self.kind = kind
         self.dice = dice
         self.delay = dice.uniform(0, LIFE)
@@ -105,7 +105,8 @@ class Victim:
         env = dict(os.environ)
         if plant:
             self.planted = Path(directory, "planted")
-            env["NSBOX_CHAOS_PLANT"], env["NSBOX_CHAOS_PLANTED"] = plant, str(self.planted)
+            env["NSBOX_CHAOS_PLANT"] = " ".join(plant)
+            env["NSBOX_CHAOS_PLANTED"] = str(self.planted)
         if kind == "out of memory":
             self.group = MEMORY / f"chaos-{os.getpid()}-{dice.randrange(1 << 32):x}"
             self.group.mkdir()
@@ -200,27 +201,28 @@ class Victim:
         return False
 
 
-def go_through(number: int, dice: random.Random, plant: str | None = None) -> Tally:
+def go_through(number: int, dice: random.Random, plant: list[str]) -> Tally:
     """Kill so many, batch by batch; each batch in one way."""
     kinds = [kind for kind in KINDS if kind != "out of memory" or MEMORY.is_dir()]
     tally = Tally(*(dict.fromkeys(kinds, 0) for _ in range(4)))
     os.environ["PYTHONPATH"] = str(HERE.parent.parent)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["PYTEST_PLUGINS"] = "pytest_nsbox.plugin"
-    size = min(BATCH, -(-number // len(kinds)))
     before = take()
     while True:
         print(f"{sum(tally.kills.values())} of {number} kills", file=sys.stderr, flush=True)
-        for kind in kinds:
+        for batch in _batches(kinds, number):
             missing = number - sum(tally.kills.values())
             if missing <= 0:
                 return tally
             with ExitStack() as stack:
-                batch = [Victim(kind, dice, plant, stack) for _ in range(min(size, missing))]
-                for victim in sorted(batch, key=lambda each: each.at):
+                victims = [Victim(kind, dice, plant, stack) for kind in batch[:missing]]
+                for victim in sorted(victims, key=lambda each: each.at):
                     victim.end()
-                hung = sum(not victim.wait() for victim in batch)
-                tally.kills[kind] += sum(victim.killed for victim in batch)
+                hung = sum(not victim.wait() for victim in victims)
+                for victim in victims:
+                    tally.kills[victim.kind] += victim.killed
+                kind = batch[0]
                 left = _left(before, GRACE)
                 if left:
                     tally.swept[kind] += _sweep()
@@ -230,10 +232,22 @@ def go_through(number: int, dice: random.Random, plant: str | None = None) -> Ta
                     tally.late[kind] += not (left := _left(before, LATE))
                 if left or hung:
                     tally.leaks[kind] += 1
-                    print(f"LEFT by {kind}, {hung} hung:", *left, sep="\n  ", flush=True)
+                    by = ", ".join(dict.fromkeys(victim.kind for victim in victims))
+                    print(f"LEFT by {by}; {hung} hung:", *left, sep="\n  ", flush=True)
                     if plant:
                         _clear(left)
                     before = take()
+
+
+def _batches(kinds: list[str], number: int) -> Iterator[list[str]]:
+    """Who is killed at the same time: those of one kind, or where there are to be few of each,
+    one of each, with those apart whose launcher is killed as well."""
+    if number >= BATCH * len(kinds):
+        yield from ([kind] * BATCH for kind in kinds)
+        return
+    for survives in (True, False):
+        some = [kind for kind in kinds if KINDS[kind] is survives]
+        yield from (some[n : n + MIXED] for n in range(0, len(some), MIXED))
 
 
 def _sweep() -> bool:

@@ -8,25 +8,25 @@ import sys
 
 
 def main() -> None:
-    kind = os.environ["NSBOX_CHAOS_PLANT"]
+    kinds = set(os.environ["NSBOX_CHAOS_PLANT"].split())
+    missing = set(kinds)
     from pytest_nsbox.launcher.ledger import Ledger
 
     record = Ledger.record
 
     def forget(self: Ledger, made: str, value: object) -> None:
-        if kind == "process" and not getattr(self, "planted", False):
-            self.planted = True  # type: ignore[attr-defined]
-            if os.fork() == 0:
-                os.setsid()
-                os.closerange(0, 1000)
-                os.execlp("sleep", "sleep", "1000")
-        if made != kind:
+        if "process" in missing and os.fork() == 0:
+            os.setsid()
+            os.closerange(0, 1000)
+            os.execlp("sleep", "sleep", "1000")
+        if made not in kinds:
             record(self, made, value)
-        elif kind == "layer":
+        elif made == "layer":
             os.makedirs(f"{value}-planted", exist_ok=True)
-        elif kind == "cgroup":
+        elif made == "cgroup":
             os.makedirs(str(value), exist_ok=True)
-        if made == kind or getattr(self, "planted", False):
+        missing.difference_update((made, "process"))
+        if not missing:
             open(os.environ["NSBOX_CHAOS_PLANTED"], "w").close()
 
     Ledger.record = forget  # type: ignore[method-assign]
