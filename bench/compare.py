@@ -41,6 +41,7 @@ SECTIONS = {
     "run": lives.run,
     "inside": suites.inside,
     "forked": forked.each,
+    "unhurried": forked.unhurried,
     "suite": forked.suite,
     "throughput": suites.throughput,
     "crowd": crowd.crowd,
