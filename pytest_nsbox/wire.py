@@ -33,6 +33,12 @@ _LARGEST = 16 << 20
 _MOST_FDS = 253  # SCM_MAX_FD: with more, sending fails (EINVAL)
 _IN_MEMFD = b"*"
 _INT = struct.Struct("=i")
+# plain numbers: an operation on the enumerations that socket has them in takes longer than a call
+_NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
+_CUT = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
+_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
+_ROOM = socket.CMSG_LEN(_MOST_FDS * _INT.size)
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -42,17 +48,20 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(sock: socket.socket, message: Message, fds: Iterable[int] = ()) -> None:
     """Send one message. Raises OSError (EPIPE when the other end is gone)."""
-    payload = json.dumps(message, separators=(",", ":")).encode()
-    fds = list(fds)
+    payload = _encode(message).encode()
     if len(payload) <= _PACKET:
-        socket.send_fds(sock, [payload], fds, socket.MSG_NOSIGNAL)
+        _send(sock, payload, fds)
         return
     memfd = os.memfd_create("nsbox-message", os.MFD_CLOEXEC)
     try:
         os.writev(memfd, [payload])
-        socket.send_fds(sock, [_IN_MEMFD], [memfd, *fds], socket.MSG_NOSIGNAL)
+        _send(sock, _IN_MEMFD, [memfd, *fds])
     finally:
         os.close(memfd)
+
+
+def _send(sock: socket.socket, payload: bytes, fds: Iterable[int]) -> None:
+    sock.sendmsg([payload], [(*_RIGHTS, b"".join(map(_INT.pack, fds)))], _NOSIGNAL)
 
 
 def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]] | None:
@@ -61,19 +70,17 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
     Raises ValueError for what is no message: the other end is not to be trusted with more.
     """
     # not recv_fds, which does not pass the flags on (up to Python 3.14 at least)
-    payload, beside, found, _ = sock.recvmsg(
-        _PACKET, socket.CMSG_LEN(_MOST_FDS * _INT.size), flags | socket.MSG_CMSG_CLOEXEC
-    )
+    payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
     fds = [
         fd
         for level, kind, data in beside
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        if (level, kind) == _RIGHTS
         for (fd,) in _INT.iter_unpack(data[: len(data) - len(data) % _INT.size])
     ]
     if not payload:
         return None
     try:
-        if found & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        if found & _CUT:
             raise ValueError("some of its descriptors or bytes had no room; raise ulimit -n")
         if payload == _IN_MEMFD:
             memfd = fds.pop(0)
@@ -84,7 +91,7 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
                 payload = os.pread(memfd, size, 0)
             finally:
                 os.close(memfd)
-        message = json.loads(payload)
+        message = json.loads(payload.decode())
         if not isinstance(message, dict):
             raise ValueError("a message is an object")
     except (ValueError, RecursionError, IndexError, OSError) as error:
@@ -103,8 +110,10 @@ def is_ready(fd: int, seconds: float | None, event: int = select.POLLIN) -> bool
 
 def close_all(fds: Iterable[int]) -> None:
     for fd in fds:
-        with contextlib.suppress(OSError):
+        try:
             os.close(fd)
+        except OSError:
+            continue
 
 
 def request(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,31 @@ def test_what_a_container_needs_is_mounted(nsbox_container: Container) -> None:
     for directory in ("/tmp", "/dev/shm", "/run/lock"):
         mode = nsbox_container.run(["stat", "-c%a", directory], check=True).stdout
         assert mode == "1777\n", directory
+
+
+PLACES = ("/", "/run", "/run/lock", "/tmp", "/dev", "/dev/null", "/etc/hosts", "/etc")
+
+
+@pytest.mark.parametrize("userns", [False, True])
+def test_modes_are_the_same_whatever_the_umask_of_the_test(tmp_path: Path, userns: bool) -> None:
+    script = f"""
+        import os, sys
+        from pytest_nsbox import Session
+        os.umask(int(sys.argv[1], 8))
+        with Session() as session, session.container(userns={userns}, memory="64M") as container:
+            print(container.run(["sh", "-c", "stat -c '%n %a' {" ".join(PLACES)}; umask"]).stdout)
+    """
+    found = {
+        mask: subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), mask],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for mask in ("077", "000")
+    }
+    assert "/run 755\n/run/lock 1777\n/tmp 1777\n/dev 755\n" in found["077"]
+    assert found["077"] == found["000"]
 
 
 @pytest.mark.parametrize("directory", ["/tmp", "/run"])

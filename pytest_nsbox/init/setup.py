@@ -77,12 +77,8 @@ def _leave_the_zygote(keep: list[int], *, die_with_parent: bool) -> None:
     if die_with_parent:
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.set_process_name("nsbox-ahead")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     close_all_but(keep)
     os.setsid()
-    os.umask(0o022)
 
 
 def _isolate(network: bool, launcher: socket.socket) -> None:
@@ -91,18 +87,14 @@ def _isolate(network: bool, launcher: socket.socket) -> None:
     libc.unshare(flags | (libc.CLONE_NEWNET if network else 0))
     if network:
         _ask_nobody()
-    with contextlib.ExitStack() as opened:
-        fds = {}
-        for kind in ("mnt", "ipc", "uts", *(["net"] if network else [])):
-            fds[kind] = open_namespace(kind)
-            opened.callback(os.close, fds[kind])
-        libc.mount("none", "/", None, libc.MS_REC | libc.MS_PRIVATE)
-        # it is of the PID namespace of who mounts it, and that is what nobody can visit
-        quiet = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
-        libc.mount("proc", "/proc", "proc", quiet)
-        fds["root"] = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        opened.callback(os.close, fds["root"])
-        wire.send(launcher, {"op": "apart", "of": list(fds)}, fds.values())
+    kinds = ["mnt", "ipc", "uts", *(["net"] if network else [])]
+    fds = [open_namespace(kind) for kind in kinds]
+    libc.mount("none", "/", None, libc.MS_REC | libc.MS_PRIVATE)
+    # it is of the PID namespace of who mounts it, and that is what nobody can visit
+    libc.mount("proc", "/proc", "proc", libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC)
+    fds.append(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    wire.send(launcher, {"op": "apart", "of": [*kinds, "root"]}, fds)
+    wire.close_all(fds)
 
 
 def _ask_nobody() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pytest_nsbox.kernel import userns
 
-_UMASK = 0o022  # of who takes these steps: what it takes from a mode has to be given anew
+UMASK = 0o022  # of who takes these steps: what it takes from a mode has to be given anew
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MakeDir:
             return
         except FileNotFoundError:
             os.makedirs(self.path, exist_ok=True)
-        if self.mode & _UMASK:
+        if self.mode & UMASK:
             os.chmod(self.path, self.mode)
 
 

@@ -119,7 +119,8 @@ def _path(name: str | None) -> bytes | None:
 
 def unshare(flags: int) -> None:
     """Leave the namespaces in `flags` for new ones (unshare(2))."""
-    _check(_libc.unshare(flags), f"unshare {flag_names(flags)}")
+    if _libc.unshare(flags) < 0:
+        _check(-1, f"unshare {flag_names(flags)}")
 
 
 def setns(fd: int, flags: int) -> None:

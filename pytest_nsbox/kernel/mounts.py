@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.files import (
+    UMASK,
     CopyEntry,
     LikeDir,
     MakeDir,
@@ -59,15 +60,19 @@ def run(steps: Iterable[Step]) -> None:
 def build(steps: Sequence[Step]) -> list[int]:
     """Take the steps to a file tree, of which the last is to let go of where it was built; returns
     a descriptor of that, and of each of its OwnFiles. There is no other way to them afterwards."""
-    run(steps[:-1])
-    fds = [os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+    fds = []
+    umask = os.umask(UMASK)
     try:
+        run(steps[:-1])
+        fds.append(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         fds += [step.open() for step in steps if isinstance(step, OwnFile)]
         run(steps[-1:])
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
+    finally:
+        os.umask(umask)
     return fds
 
 

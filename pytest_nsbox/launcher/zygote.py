@@ -177,6 +177,10 @@ def _live(launcher: socket.socket) -> None:
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     libc.set_process_name("nsbox-zygote")
     os.chdir("/")  # who changes the root of an init takes along what is there (pivot_root(2))
+    # for all inits, too: each call there would copy pages
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_DFL)
+    os.umask(0o022)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
     processes.close_all_but([launcher.fileno()])
     userns.is_complete(), userns.overflow_ids()  # for all inits, while /proc is to be seen
