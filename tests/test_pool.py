@@ -130,10 +130,7 @@ def test_one_that_has_died_is_not_given_out(session: Session) -> None:
     with session.container(**SPEC) as first:
         waiting = ahead(session, first, at_least=2)
         for pid in waiting:
-            pidfd = os.pidfd_open(pid)
-            os.kill(pid, signal.SIGKILL)
-            select.select([pidfd], [], [])
-            os.close(pidfd)
+            _kill(pid)
     with session.container(**SPEC) as container:
         assert container.pid not in waiting
         container.run(["true"], check=True)
@@ -147,13 +144,18 @@ def test_the_next_init_is_forked_ahead_and_may_die(nothing_left: Snapshot) -> No
         with session.container(**SPEC) as second:
             assert second.pid == waiting
             (waiting,) = _named(session, "nsbox-ahead")
-            pidfd = os.pidfd_open(waiting)
-            os.kill(waiting, signal.SIGKILL)
-            select.select([pidfd], [], [])
-            os.close(pidfd)
+            _kill(waiting)
         with session.container(**SPEC) as third:
             assert third.pid != waiting
             third.run(["true"], check=True)
+
+
+def _kill(pid: int) -> None:
+    """And wait for its end."""
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    os.close(pidfd)
 
 
 def _named(session: Session, name: str) -> set[int]:

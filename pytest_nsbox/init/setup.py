@@ -54,13 +54,14 @@ def run_init(launcher: socket.socket, kind: Kind, between: int | None = None) ->
     try:
         keep = [launcher.fileno()] if between is None else [launcher.fileno(), between]
         _leave_the_zygote(keep, die_with_parent=between is None)
-        _isolate(kind.network, launcher)
+        _isolate(kind, launcher)
         received = wire.receive(launcher)
         if received is not None:
             message, (session, *cgroup_procs) = received
             libc.set_process_name(NAME)
             _join(cgroup_procs)
-            fds = mounts.build(mounts.from_wire(message["steps"])) if "steps" in message else []
+            steps = mounts.from_wire(message.get("steps", []))
+            fds = [mounts.build(steps)] if steps else []
             _confine(kind, between)
             wire.send(launcher, {"op": "ready"}, fds)
             wire.close_all(fds)
@@ -81,20 +82,22 @@ def _leave_the_zygote(keep: list[int], *, die_with_parent: bool) -> None:
     os.setsid()
 
 
-def _isolate(network: bool, launcher: socket.socket) -> None:
-    """Be in namespaces of one's own, and hand out what the launcher visits them by."""
+def _isolate(kind: Kind, launcher: socket.socket) -> None:
+    """Be in namespaces of one's own, and hand out what the launcher needs to visit them: in a user
+    namespace descriptors of those of its name and its network, as its pidfd is of no use there
+    (ptrace(2), access mode checking), else its root in that of mounts."""
     flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS
-    libc.unshare(flags | (libc.CLONE_NEWNET if network else 0))
-    if network:
+    libc.unshare(flags | (libc.CLONE_NEWNET if kind.network else 0))
+    if kind.network:
         _ask_nobody()
-    kinds = ["mnt", "ipc", "uts", *(["net"] if network else [])]
-    fds = [open_namespace(kind) for kind in kinds]
+    handed = {name: open_namespace(name) for name in ("uts", "net") if kind.in_userns}
     libc.mount("none", "/", None, libc.MS_REC | libc.MS_PRIVATE)
     # it is of the PID namespace of who mounts it, and that is what nobody can visit
     libc.mount("proc", "/proc", "proc", libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC)
-    fds.append(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    wire.send(launcher, {"op": "apart", "of": [*kinds, "root"]}, fds)
-    wire.close_all(fds)
+    if not kind.in_userns:
+        handed["root"] = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    wire.send(launcher, {"op": "apart", "of": [*handed]}, handed.values())
+    wire.close_all(handed.values())
 
 
 def _ask_nobody() -> None:

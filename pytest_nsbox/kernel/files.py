@@ -103,11 +103,8 @@ class OwnFile:
         return f"make {self.path}"
 
     def do(self) -> None:
-        os.close(self.open(os.O_CREAT | os.O_TRUNC))
-
-    def open(self, flags: int = 0) -> int:
-        """A descriptor to write to it."""
-        return os.open(self.path, flags | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(self.path, flags, 0o644))
 
 
 @dataclass(frozen=True)

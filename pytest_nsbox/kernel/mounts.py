@@ -57,23 +57,21 @@ def run(steps: Iterable[Step]) -> None:
             raise OSError(error.errno, text) from error
 
 
-def build(steps: Sequence[Step]) -> list[int]:
+def build(steps: Sequence[Step]) -> int:
     """Take the steps to a file tree, of which the last is to let go of where it was built; returns
-    a descriptor of that, and of each of its OwnFiles. There is no other way to them afterwards."""
-    fds = []
+    a descriptor of that. There is no other way to what is written there afterwards."""
     umask = os.umask(UMASK)
     try:
         run(steps[:-1])
-        fds.append(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        fds += [step.open() for step in steps if isinstance(step, OwnFile)]
-        run(steps[-1:])
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
+        scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            run(steps[-1:])
+        except BaseException:
+            os.close(scratch)
+            raise
     finally:
         os.umask(umask)
-    return fds
+    return scratch
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pytest_nsbox.kernel import cgroup, libc, link, mounts
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.inode_flags import spread
 from pytest_nsbox.kernel.mountinfo import mount_points
-from pytest_nsbox.kernel.namespaces import Home
+from pytest_nsbox.kernel.namespaces import Home, open_namespace
 from pytest_nsbox.kernel.netlink import Netlink, Request
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher import ledger, names
@@ -59,14 +59,12 @@ class Container:
     alive: bool = False
     reason: str = ""  # why it died, where that is known
     last: Stats | None = None  # taken before it was killed
-    namespaces: dict[str, int] = field(default_factory=dict)  # to visit it, while it is built
-    mounts: int = -1  # the last of them to be closed: its mount namespace
-    root: int = -1  # init's own root in its mount namespace, when that was new
-    own_fds: dict[str, int] = field(default_factory=dict)  # path: to write what is below
+    mounts: int = -1  # its mount namespace, once it is killed
     places: list[Place] = field(default_factory=list)  # where it can write
     scratch: int = -1  # the root of the filesystem in memory that keeps what it writes
     paused: bool = False  # as the session has asked for
     host_ports: dict[int, tuple[str, int]] = field(default_factory=dict)  # where they are for it
+    own_paths: dict[str, str] = field(default_factory=dict)  # path: where it is (Tree)
     own_files: dict[str, str] = field(default_factory=dict)  # path: text
     hosts: list[bytes] = field(default_factory=list)  # what is in /etc/hosts, bit by bit
     hosts_size: int = 0
@@ -83,6 +81,9 @@ class Container:
             if self.cgroup is not None and self.last is None:
                 with contextlib.suppress(OSError):
                     self.last = self.cgroup.stats()
+            if self.mounts < 0:
+                with contextlib.suppress(OSError):  # then they go while its end is waited for
+                    self.mounts = open_namespace("mnt", self.pid)
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             if self.cgroup is not None:  # on version 1 a frozen process does not die
@@ -157,11 +158,9 @@ def begin(id: int, order: Order, workshop: Workshop) -> Container:
         visited = workshop.may_pivot and not ground.in_userns
         _fork(container, None if visited else tree.steps, workshop)
         container.places = tree.places
-        container.own_files = dict.fromkeys(tree.own_files, "")
+        container.own_paths = tree.own_files
         if visited:
-            _await_apart(container)
-            with workshop.home.away(container.namespaces, container.root):
-                _hold(container, mounts.build(tree.steps))
+            _build(container, tree.steps, workshop.home)
     return container
 
 
@@ -183,31 +182,31 @@ def finish(
             interface = join()
             container.interfaces.append(interface)
             container.undo.push(f"give back {interface.ip}", interface.leave)
-        if not container.namespaces:
-            _await_apart(container)
-        _wire(container, home)
+        _name_and_wire(container, home)
         meanwhile()
         _, fds = _await(container, "ready")
-        if fds:
-            _hold(container, fds)
+        for fd in fds:
+            _hold(container, fd)
         _write_own_files(container)
         for interface in container.interfaces:
             interface.bridge.hub.netlink.settle(interface.port)
 
 
-def _await_apart(container: Container) -> None:
-    """Until it has namespaces of its own, and has handed out what they are visited by."""
+def _build(container: Container, steps: Sequence[mounts.Step], home: Home) -> None:
+    """Pay a visit, and take the steps to its file tree."""
+    found = _await_apart(container)
+    try:
+        with home.away(dict.fromkeys(("mnt", "ipc", "uts", "net"), container.pidfd), found["root"]):
+            scratch = mounts.build(steps)
+    finally:
+        wire.close_all(found.values())
+    _hold(container, scratch)
+
+
+def _await_apart(container: Container) -> dict[str, int]:
+    """Until it has namespaces of its own; what it hands out of them."""
     message, fds = _await(container, "apart")
-    container.namespaces = dict(zip(message["of"], fds, strict=True))
-    container.root = container.namespaces.pop("root")
-    container.undo.push("close its namespaces", lambda: _leave_alone(container))
-
-
-def _leave_alone(container: Container) -> None:
-    """No more visits."""
-    container.mounts = container.namespaces.pop("mnt", container.mounts)
-    wire.close_all([*container.namespaces.values(), container.root])
-    container.namespaces, container.root = {}, -1
+    return dict(zip(message["of"], fds, strict=True))
 
 
 def _let_go(container: Container, janitor: Janitor) -> None:
@@ -219,12 +218,10 @@ def _let_go(container: Container, janitor: Janitor) -> None:
         janitor.let_go(mounts)
 
 
-def _hold(container: Container, fds: list[int]) -> None:
-    """Of the tree, to reach what it writes; by the ways that `mounts.build` gives."""
-    container.scratch, *own = fds
-    container.undo.push("close the scratch filesystem", lambda: os.close(container.scratch))
-    container.own_fds = dict(zip(container.own_files, own, strict=True))
-    container.undo.push("close its files", lambda: wire.close_all(container.own_fds.values()))
+def _hold(container: Container, scratch: int) -> None:
+    """The way to what it writes."""
+    container.scratch = scratch
+    container.undo.push("close the scratch filesystem", lambda: os.close(scratch))
 
 
 @contextlib.contextmanager
@@ -324,10 +321,9 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
     order = container.order
     if order.disk is not None or (order.limits.memory is None and order.limits.io is None):
         return None
-    workshop.layers.mkdir(parents=True, exist_ok=True)
     if not _holds_layers(workshop.layers):
         return None
-    path = str(workshop.layers / f"{workshop.ledger.name}-{container.id}")
+    path = f"{workshop.layers}/{workshop.ledger.name}-{container.id}"
     workshop.ledger.record(ledger.LAYER, path)
     os.makedirs(path, mode=0o700)
     container.undo.push(
@@ -340,6 +336,7 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
 def _holds_layers(directory: Path) -> bool:
     """An overlay cannot be the upper layer of another one, as of the kernel's
     Documentation/filesystems/overlayfs.rst, and files on a tmpfs are memory wherever it is."""
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory.resolve()
     over = [mount for mount in mount_points() if path.is_relative_to(mount.path)]
     spread(path)
@@ -400,19 +397,28 @@ def _fork(container: Container, steps: Sequence[mounts.Step] | None, workshop: W
     init.line.settimeout(_PATIENCE / _SPELLS)
 
 
-def _wire(container: Container, home: Home) -> None:
+def _name_and_wire(container: Container, home: Home) -> None:
     """Give it its name and connect it with its networks."""
-    namespaces = {name: fd for name, fd in container.namespaces.items() if name in ("uts", "net")}
-    netns = namespaces.get("net")
-    with home.away(namespaces):
+    with contextlib.ExitStack() as opened:
+        found = {} if container.scratch >= 0 else _await_apart(container)
+        opened.callback(wire.close_all, found.values())
+        namespaces = {kind: found.get(kind, container.pidfd) for kind in ("uts", "net")}
+        opened.enter_context(home.away(namespaces))
         libc.sethostname(container.order.hostname)
-        if netns is not None:
-            for number, interface in enumerate(container.interfaces):
-                hub = interface.bridge.hub
-                hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, netns))
-            with contextlib.closing(Netlink()) as netlink:
-                netlink.send(_inside_requests(container))
-    _leave_alone(container)
+        if container.order.own_network:
+            _wire(container)
+
+
+def _wire(container: Container) -> None:
+    netns = open_namespace("net")
+    try:
+        for number, interface in enumerate(container.interfaces):
+            hub = interface.bridge.hub
+            hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, netns))
+        with contextlib.closing(Netlink()) as netlink:
+            netlink.send(_inside_requests(container))
+    finally:
+        os.close(netns)
 
 
 def _write_own_files(container: Container) -> None:
@@ -428,14 +434,23 @@ def _write_own_files(container: Container) -> None:
     }
     container.hosts, container.hosts_size = [hosts], len(hosts)
     container.heard = changes(container)
-    for name, fd in container.own_fds.items():
-        data = hosts if name == names.HOSTS else container.own_files[name].encode()
-        if os.write(fd, data) < len(data):
-            raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
-    container.hosts_fd = container.own_fds.pop(names.HOSTS)
-    container.undo.push("close its hosts", lambda: os.close(container.hosts_fd))
-    wire.close_all(container.own_fds.values())
-    container.own_fds = {}
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    for name, path in container.own_paths.items():
+        fd = os.open(path, flags, dir_fd=container.scratch)
+        if name == names.HOSTS:
+            container.hosts_fd = fd
+            container.undo.push("close its hosts", lambda: os.close(container.hosts_fd))
+            _write_all(fd, name, hosts)
+        else:
+            try:
+                _write_all(fd, name, container.own_files[name].encode())
+            finally:
+                os.close(fd)
+
+
+def _write_all(fd: int, name: str, data: bytes) -> None:
+    if os.write(fd, data) < len(data):
+        raise OSError(errno.ENOSPC, f"write {name}: {os.strerror(errno.ENOSPC)}")
 
 
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Iterator
@@ -129,11 +130,11 @@ class Interface:
     port: int  # index of the veth's end in the hub
     _left: bool = False
 
-    @property
+    @functools.cached_property
     def ip(self) -> str:
         return self.bridge.subnet.ip(self.number)
 
-    @property
+    @functools.cached_property
     def ip6(self) -> str:
         return self.bridge.subnet.ip6(self.number)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Iterable, Mapping
 
@@ -32,13 +33,11 @@ def resolv_conf(dns: tuple[str, ...] | None, network: str, stand_in: str | None 
         return "".join(f"nameserver {address}\n" for address in dns)
     if network in ("none", "isolated"):
         return "# this network has no way out, so no name server either\n"
-    text = _read(RESOLV_CONF)
-    if network == "host" or _reachable(text):
-        return "\n".join(_kept(text, network == "host")) + "\n"
     # a stub on the host's loopback is out of a container's reach; it names those it asks itself
-    upstream = _read(_SYSTEMD_UPSTREAM)
-    if _reachable(upstream):
-        return "\n".join(_kept(upstream, False)) + "\n"
+    for path in (RESOLV_CONF, _SYSTEMD_UPSTREAM):
+        kept = _kept(_read(path), network == "host")
+        if kept is not None:
+            return kept
     if stand_in is not None:
         return f"nameserver {stand_in}\n"
     return "# the host's name servers are on its loopback, out of reach from here; set dns=\n"
@@ -62,22 +61,15 @@ def _server(line: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _reachable(text: str) -> bool:
-    return any(
-        server.version == 4 and not server.is_loopback
-        for server in map(_server, text.splitlines())
-        if server is not None
-    )
-
-
-def _kept(text: str, loopback: bool) -> list[str]:
-    """The lines that mean something inside; the uplink carries IPv4 only."""
-    lines = []
+@functools.lru_cache(maxsize=2)
+def _kept(text: str, host: bool) -> str | None:
+    """The lines that mean something inside, the host's network apart, whose uplink carries IPv4
+    only; None where none of the servers is in reach there."""
+    lines, reachable = [], host
     for line in text.splitlines():
         server = _server(line)
-        if line.startswith("nameserver") and (
-            server is None or (not loopback and (server.is_loopback or server.version == 6))
-        ):
-            continue
-        lines.append(line)
-    return lines
+        usable = server is not None and (host or (server.version == 4 and not server.is_loopback))
+        if usable or not line.startswith("nameserver"):
+            lines.append(line)
+        reachable = reachable or usable
+    return "\n".join(lines) + "\n" if reachable else None

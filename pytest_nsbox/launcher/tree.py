@@ -69,11 +69,12 @@ class Ground:
 
 @dataclass(frozen=True)
 class Tree:
-    """The steps from the host's root to the container's, the files of its own by their paths, and
-    where it can write, and what keeps it."""
+    """The steps from the host's root to the container's; the files of its own by their paths, and
+    where they are, on the host or from the scratch filesystem on; where it can write, and what
+    keeps that."""
 
     steps: list[Step]
-    own_files: list[str]
+    own_files: dict[str, str]
     places: list[Place]
 
 
@@ -84,7 +85,7 @@ class Planner:
         self._mounts = MountWatch()
         self._kind: tuple[object, ...] | None = None
         self._mounted: object = None
-        self._tree = Tree([], [], [])
+        self._tree = Tree([], {}, [])
 
     def plan(self, order: Order, ground: Ground) -> Tree:
         mounted = _NONE if order.layers else self._mounts.now()
@@ -98,21 +99,28 @@ class Planner:
                 self._kind, self._mounted = kind, mounted
             tree = self._tree
         places = [_on_disk(place, ground.layer) for place in tree.places]
-        return Tree([*_scratch(order, ground), *tree.steps], tree.own_files, places)
+        files = {name: _beside(path, ground.layer) for name, path in tree.own_files.items()}
+        return Tree([*_scratch(order, ground), *tree.steps], files, places)
 
 
 def _tree(order: Order, ground: Ground, mounted: list[MountPoint]) -> Tree:
     """All of it but for what is one container's alone."""
     steps = _steps(order, ground, mounted)
-    own_files = [step.name for step in steps if isinstance(step, OwnFile)]
+    own_files = {step.name: step.path for step in steps if isinstance(step, OwnFile)}
     return Tree(steps, own_files, [*_places(steps, order)])
 
 
 def _on_disk(place: Place, layer: str | None) -> Place:
     if layer is None or not place.upper.startswith(DISK + "/"):
         return place
-    upper = layer + place.upper.removeprefix(DISK)
-    return dataclasses.replace(place, upper=upper, on_disk=True)
+    return dataclasses.replace(place, upper=_beside(place.upper, layer), on_disk=True)
+
+
+def _beside(path: str, layer: str | None) -> str:
+    """Where the launcher finds what the steps call `path`."""
+    if layer is not None and path.startswith(DISK + "/"):
+        return layer + path.removeprefix(DISK)
+    return path.lstrip("/")
 
 
 # all of an order that the steps depend on
