@@ -235,6 +235,8 @@ def test_none_has_only_lo(nsbox_container_factory: Any) -> None:
 
 def test_host_is_the_hosts_network(nsbox_container_factory: Any) -> None:
     container = nsbox_container_factory(network="host")
+    # a sysfs is of the network namespace that it was mounted in (sysfs(5))
+    assert container.call(os.listdir, "/sys/class/net") == os.listdir("/sys/class/net")
     links = container.run(["readlink", "/proc/self/ns/net"], check=True).stdout.strip()
     assert links == os.readlink("/proc/self/ns/net")
 
