@@ -8,12 +8,12 @@ share a socket without a lock, and the end of file on it says that nobody will a
 
 from __future__ import annotations
 
+import array
 import contextlib
 import json
 import os
 import select
 import socket
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -32,12 +32,11 @@ _PACKET = 32 << 10
 _LARGEST = 16 << 20
 _MOST_FDS = 253  # SCM_MAX_FD: with more, sending fails (EINVAL)
 _IN_MEMFD = b"*"
-_INT = struct.Struct("=i")
 # plain numbers: an operation on the enumerations that socket has them in takes longer than a call
 _NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
 _CUT = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
 _RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
-_ROOM = socket.CMSG_LEN(_MOST_FDS * _INT.size)
+_ROOM = socket.CMSG_LEN(_MOST_FDS * array.array("i").itemsize)
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -48,20 +47,37 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(sock: socket.socket, message: Message, fds: Iterable[int] = ()) -> None:
     """Send one message. Raises OSError (EPIPE when the other end is gone)."""
-    payload = _encode(message).encode()
+    payload = encode(message)
     if len(payload) <= _PACKET:
-        _send(sock, payload, fds)
+        send_bytes(sock, payload, fds)
         return
     memfd = os.memfd_create("nsbox-message", os.MFD_CLOEXEC)
     try:
         os.writev(memfd, [payload])
-        _send(sock, _IN_MEMFD, [memfd, *fds])
+        send_bytes(sock, _IN_MEMFD, [memfd, *fds])
     finally:
         os.close(memfd)
 
 
-def _send(sock: socket.socket, payload: bytes, fds: Iterable[int]) -> None:
-    sock.sendmsg([payload], [(*_RIGHTS, b"".join(map(_INT.pack, fds)))], _NOSIGNAL)
+def encode(message: Message) -> bytes:
+    """A message as it is sent."""
+    return _encode(message).encode()
+
+
+def decode(payload: bytes) -> Message:
+    """A message that has been received. Raises ValueError for what is none."""
+    try:
+        message = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a message: {error}") from None
+    if not isinstance(message, dict):
+        raise ValueError("not a message: it is no object")
+    return message
+
+
+def send_bytes(sock: socket.socket, payload: bytes, fds: Iterable[int] = ()) -> None:
+    """Send one that has been encoded and is small."""
+    sock.sendmsg([payload], [(*_RIGHTS, array.array("i", fds))], _NOSIGNAL)
 
 
 def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]] | None:
@@ -69,35 +85,47 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
 
     Raises ValueError for what is no message: the other end is not to be trusted with more.
     """
+    received = receive_bytes(sock, flags=flags)
+    if received is None:
+        return None
+    payload, fds = received
+    try:
+        return decode(payload), fds
+    except ValueError:
+        close_all(fds)
+        raise
+
+
+def receive_bytes(sock: socket.socket, *, flags: int = 0) -> tuple[bytes, list[int]] | None:
+    """The same, not decoded."""
     # not recv_fds, which does not pass the flags on (up to Python 3.14 at least)
     payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
-    fds = [
-        fd
-        for level, kind, data in beside
-        if (level, kind) == _RIGHTS
-        for (fd,) in _INT.iter_unpack(data[: len(data) - len(data) % _INT.size])
-    ]
+    received = array.array("i")
+    for level, kind, data in beside:
+        if (level, kind) == _RIGHTS:
+            received.frombytes(data[: len(data) - len(data) % received.itemsize])
+    fds = received.tolist()
     if not payload:
         return None
     try:
         if found & _CUT:
             raise ValueError("some of its descriptors or bytes had no room; raise ulimit -n")
         if payload == _IN_MEMFD:
-            memfd = fds.pop(0)
-            try:
-                size = os.fstat(memfd).st_size
-                if size > _LARGEST:
-                    raise ValueError(f"a message of {size} bytes")
-                payload = os.pread(memfd, size, 0)
-            finally:
-                os.close(memfd)
-        message = json.loads(payload.decode())
-        if not isinstance(message, dict):
-            raise ValueError("a message is an object")
-    except (ValueError, RecursionError, IndexError, OSError) as error:
+            payload = _take_memfd(fds.pop(0))
+    except (ValueError, IndexError, OSError) as error:
         close_all(fds)
         raise ValueError(f"not a message: {error}") from None
-    return message, fds
+    return payload, fds
+
+
+def _take_memfd(fd: int) -> bytes:
+    try:
+        size = os.fstat(fd).st_size
+        if size > _LARGEST:
+            raise ValueError(f"a message of {size} bytes")
+        return os.pread(fd, size, 0)
+    finally:
+        os.close(fd)
 
 
 def is_ready(fd: int, seconds: float | None, event: int = select.POLLIN) -> bool:

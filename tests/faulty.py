@@ -211,7 +211,7 @@ def main() -> None:
     before(netlink.Netlink, "__init__", "netlink socket")
     before(cgroup_files, "write", "write", first)
     before(sysctl, "write", "sysctl", first)
-    for name in ("eventfd", "unshare", "setns", "prctl", "capset", "seccomp_set_filter"):
+    for name in ("eventfd", "fork", "unshare", "setns", "prctl", "capset", "seccomp_set_filter"):
         before(libc, name, name)
     for name in ("sethostname", "umount2", "pivot_root", "open_tree", "make_read_only"):
         before(libc, name, name, first)

@@ -260,3 +260,11 @@ def test_the_private_methods_of_popen_are_those_we_replace() -> None:
     for name in ("_wait", "_internal_poll", "_close_pipe_fds"):
         assert hasattr(subprocess.Popen, name)
     assert Process._wait is not subprocess.Popen._wait  # type: ignore[attr-defined]
+
+
+def test_an_init_shares_nearly_all_of_its_memory(nsbox_container: Container) -> None:
+    """Of what it was forked from; what it writes to is its own, and there may be a thousand."""
+    lines = Path(f"/proc/{nsbox_container.pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {key: int(value.split()[0]) for key, value in (line.split(":") for line in lines)}
+    assert sizes["Private_Dirty"] + sizes["Private_Clean"] < 1536
+    assert sizes["Rss"] > 8192

@@ -17,7 +17,9 @@ class Confinement:
 
     def prepare(self) -> None:
         """Look up what `apply` needs, once for all processes forked later."""
-        capabilities.last()
+        capabilities.split(self.capabilities)
+        if self.filter is not None:
+            seccomp.prepare(self.filter)
 
     def apply(self) -> None:
         """Confine the calling process and all that it will start. There is no way back."""

@@ -6,6 +6,7 @@ out of sight.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import gc
 import os
@@ -174,7 +175,8 @@ def serve(launcher: socket.socket, session: socket.socket) -> None:
     gc.enable()  # for what is new; what the zygote had stays frozen
     woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    # not signal.signal, which looks both up in enumerations, and so writes to thirty pages
+    _signal.signal(signal.SIGCHLD, lambda *_: None)
     launcher.setblocking(False)
     session.setblocking(False)
     poll = select.poll()

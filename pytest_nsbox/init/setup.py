@@ -1,13 +1,20 @@
-"""From a fork of the zygote to the container's PID 1."""
+"""From a fork of the zygote to the container's PID 1.
+
+A page of memory is shared with the zygote, and with all other inits, until one of them writes to
+it, and to count the references to an object is to write. So an init, and the zygote from one to the
+next, go by few functions and objects: with a thousand of them that is what a container takes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import select
 import signal
 import socket
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 from pytest_nsbox import wire
@@ -18,6 +25,17 @@ from pytest_nsbox.kernel.namespaces import open_namespace
 from pytest_nsbox.kernel.processes import close_all_but
 
 NAME = "nsbox-init"
+_HANDED = ("uts", "net")
+# by whether it is in a user namespace
+_APART = {
+    True: wire.encode({"op": "apart", "of": _HANDED}),
+    False: wire.encode({"op": "apart", "of": ["root"]}),
+}
+_QUESTIONS = [
+    f"/proc/sys/net/ipv6/conf/default/{name}" for name in ("accept_dad", "router_solicitations")
+]
+_BUILT = wire.encode({})  # an order that leaves nothing to do
+_READY = wire.encode({"op": "ready"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +49,19 @@ class Kind:
     capabilities: tuple[str, ...] | None  # those kept; None: all, and every system call
 
     def to_wire(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_wire(cls, data: dict[str, Any]) -> Kind:
         kept = data["capabilities"]
-        return cls(**{**data, "capabilities": None if kept is None else tuple(kept)})
+        kind = cls(**{**data, "capabilities": None if kept is None else tuple(kept)})
+        if kind.confinement is not None:  # before the first fork
+            kind.confinement.prepare()
+        return kind
 
+    @cached_property
     def confinement(self) -> Confinement | None:
-        """What its commands may not do, worked out before the first fork."""
+        """What its commands may not do."""
         return None if self.capabilities is None else confinement(frozenset(self.capabilities))
 
 
@@ -52,18 +74,20 @@ def run_init(launcher: socket.socket, kind: Kind, between: int | None = None) ->
     """
     status = 1
     try:
-        keep = [launcher.fileno()] if between is None else [launcher.fileno(), between]
-        _leave_the_zygote(keep, die_with_parent=between is None)
+        if between is None:
+            libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+        close_all_but([launcher.fileno()] if between is None else [launcher.fileno(), between])
+        libc.set_process_name("nsbox-ahead")
+        os.setsid()
         _isolate(kind, launcher)
-        received = wire.receive(launcher)
+        received = wire.receive_bytes(launcher)
         if received is not None:
-            message, (session, *cgroup_procs) = received
+            order, (session, *cgroup_procs) = received
             libc.set_process_name(NAME)
             _join(cgroup_procs)
-            steps = mounts.from_wire(message.get("steps", []))
-            fds = [mounts.build(steps)] if steps else []
+            fds = [] if order == _BUILT else _build(order)
             _confine(kind, between)
-            wire.send(launcher, {"op": "ready"}, fds)
+            wire.send_bytes(launcher, _READY, fds)
             wire.close_all(fds)
             serve(launcher, socket.socket(fileno=session))
         status = 0
@@ -74,38 +98,35 @@ def run_init(launcher: socket.socket, kind: Kind, between: int | None = None) ->
         os._exit(status)
 
 
-def _leave_the_zygote(keep: list[int], *, die_with_parent: bool) -> None:
-    if die_with_parent:
-        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.set_process_name("nsbox-ahead")
-    close_all_but(keep)
-    os.setsid()
-
-
 def _isolate(kind: Kind, launcher: socket.socket) -> None:
     """Be in namespaces of one's own, and hand out what the launcher needs to visit them: in a user
     namespace descriptors of those of its name and its network, as its pidfd is of no use there
     (ptrace(2), access mode checking), else its root in that of mounts."""
     flags = libc.CLONE_NEWNS | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS
     libc.unshare(flags | (libc.CLONE_NEWNET if kind.network else 0))
-    if kind.network:
-        _ask_nobody()
-    handed = {name: open_namespace(name) for name in ("uts", "net") if kind.in_userns}
+    fds = [open_namespace(name) for name in _HANDED] if kind.in_userns else []
     libc.mount("none", "/", None, libc.MS_REC | libc.MS_PRIVATE)
     # it is of the PID namespace of who mounts it, and that is what nobody can visit
     libc.mount("proc", "/proc", "proc", libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC)
+    if kind.network:
+        _ask_nobody()
     if not kind.in_userns:
-        handed["root"] = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    wire.send(launcher, {"op": "apart", "of": [*handed]}, handed.values())
-    wire.close_all(handed.values())
+        fds.append(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    wire.send_bytes(launcher, _APART[kind.in_userns], fds)
+    wire.close_all(fds)
 
 
 def _ask_nobody() -> None:
     """No interface is to ask who else has its addresses, which have been given out and can be used
-    at once, nor for routers: all its neighbours would be asked."""
-    for name in ("accept_dad", "router_solicitations"):
+    at once, nor for routers: all its neighbours would be asked. This is for a /proc of one's own:
+    in the host's the kernel looks through the entries of all network namespaces."""
+    for path in _QUESTIONS:
         with contextlib.suppress(OSError):  # it is slower in a crowd, and that is all
-            sysctl.write_directly(f"/proc/sys/net/ipv6/conf/default/{name}", "0")
+            sysctl.write_directly(path, "0")
+
+
+def _build(order: bytes) -> list[int]:
+    return [mounts.build(mounts.from_wire(wire.decode(order)["steps"]))]
 
 
 def _join(cgroup_procs: list[int]) -> None:
@@ -117,8 +138,8 @@ def _join(cgroup_procs: list[int]) -> None:
 
 
 def _confine(kind: Kind, between: int | None) -> None:
-    if (confined := kind.confinement()) is not None:
-        confined.apply()
+    if kind.confinement is not None:
+        kind.confinement.apply()
     if between is not None:  # or its end would be this process's, too
         select.select([between], [], [])
         os.close(between)

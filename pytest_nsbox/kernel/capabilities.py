@@ -39,10 +39,9 @@ def drop_to(keep: frozenset[str]) -> None:
     """
     # The bounding set comes first: shrinking it takes CAP_SETPCAP, which may not be kept.
     # It has to shrink, for execve() gives root all that is in it.
-    wanted = mask(keep)
-    for number in range(last() + 1):
-        if not wanted >> number & 1:
-            _drop_from_bounding_set(number)
+    wanted, dropped = split(keep)
+    for number in dropped:
+        _drop_from_bounding_set(number)
     # The ambient set is kept within the inheritable one: it ends empty too.
     try:
         libc.capset(wanted, wanted, 0)
@@ -50,6 +49,13 @@ def drop_to(keep: frozenset[str]) -> None:
         # Some of it is not permitted, so it cannot be had.
         held = wanted & _permitted()
         libc.capset(held, held, 0)
+
+
+@functools.cache
+def split(keep: frozenset[str]) -> tuple[int, list[int]]:
+    """The mask of what is kept, and the numbers of what is not."""
+    wanted = mask(keep)
+    return wanted, [number for number in range(last() + 1) if not wanted >> number & 1]
 
 
 def _drop_from_bounding_set(number: int) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
-import platform
 import struct
 
 # sched.h
@@ -61,10 +61,8 @@ _FLAG_NAMES = {
 _SYS_MOUNT_SETATTR = 442  # the same on all machines
 _MOUNT_ATTR_RDONLY, _AT_RECURSIVE = 1, 0x8000
 _CAPABILITY_VERSION_3 = 0x20080522
-_SYS_CAPSET = {"x86_64": 126, "aarch64": 91, "riscv64": 91, "ppc64le": 184, "s390x": 185}
 _SYS_OPEN_TREE = 428  # on every architecture
 _AT_FDCWD = -100
-_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
 
 # PyDLL would hold the interpreter lock; these calls may block, so the plain loader is right.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,9 +79,14 @@ _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
 _libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 _libc.setdomainname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 _libc.prctl.argtypes = (ctypes.c_int,) + (ctypes.c_ulong,) * 4
+_libc.pivot_root.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+_libc.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
 _libc.eventfd.argtypes = (ctypes.c_uint, ctypes.c_int)
 _libc.inotify_init1.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
+_prctl_text = _libc["prctl"]
+_prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p) + (ctypes.c_ulong,) * 3
+_fork = ctypes.PyDLL(None, use_errno=True).fork  # which keeps the interpreter lock, as os.fork
 
 
 def is_loaded(library: str) -> bool:
@@ -115,6 +118,12 @@ def _check(result: int, operation: str) -> int:
 
 def _path(name: str | None) -> bytes | None:
     return None if name is None else os.fsencode(name)
+
+
+def fork() -> int:
+    """fork(2), for a process of one thread: without what Python does in the child, which is to
+    forget the other ones. That writes to a hundred pages, which are then no longer shared."""
+    return _check(_fork(), "fork")
 
 
 def unshare(flags: int) -> None:
@@ -181,11 +190,7 @@ def umount2(target: str, flags: int = 0) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     """pivot_root(2)."""
-    result = _libc.syscall(
-        ctypes.c_long(_SYS_PIVOT_ROOT[platform.machine()]),
-        ctypes.c_char_p(os.fsencode(new_root)),
-        ctypes.c_char_p(os.fsencode(put_old)),
-    )
+    result = _libc.pivot_root(os.fsencode(new_root), os.fsencode(put_old))
     _check(result, f"pivot_root {new_root} {put_old}")
 
 
@@ -208,7 +213,8 @@ def sethostname(name: str) -> None:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2)."""
-    return _check(_libc.prctl(option, arg2, arg3, arg4, arg5), f"prctl {option} {arg2}")
+    result: int = _libc.prctl(option, arg2, arg3, arg4, arg5)
+    return result if result >= 0 else _check(result, f"prctl {option} {arg2}")
 
 
 def is_child_subreaper() -> bool:
@@ -220,8 +226,7 @@ def is_child_subreaper() -> bool:
 
 def set_process_name(name: str) -> None:
     """The name that ps(1) shows for the calling process, at most 15 bytes (PR_SET_NAME)."""
-    text = ctypes.create_string_buffer(name.encode()[:15])
-    prctl(PR_SET_NAME, ctypes.addressof(text))
+    _check(_prctl_text(PR_SET_NAME, name.encode(), 0, 0, 0), "prctl PR_SET_NAME")
 
 
 def eventfd(initial: int = 0, flags: int = os.O_CLOEXEC) -> int:
@@ -236,13 +241,13 @@ def inotify_init1(flags: int = os.O_CLOEXEC) -> int:
 
 def capset(effective: int, permitted: int, inheritable: int) -> None:
     """Set the capabilities of the calling thread, each a bit mask (capset(2))."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     words = []
     for shift in (0, 32):
         words += [mask >> shift & 0xFFFFFFFF for mask in (effective, permitted, inheritable)]
-    data = ctypes.create_string_buffer(struct.pack("=6I", *words))
-    result = _libc.syscall(ctypes.c_long(_SYS_CAPSET[platform.machine()]), header, data)
-    _check(result, "capset")
+    data = struct.pack("=6I", *words)
+    if _libc.capset(header, data) < 0:
+        _check(-1, "capset")
 
 
 def seccomp_set_filter(program: bytes) -> None:
@@ -250,10 +255,19 @@ def seccomp_set_filter(program: bytes) -> None:
 
     `program` is the packed array of `struct sock_filter`.
     """
+    result = _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, sock_fprog(program), 0, 0)
+    _check(result, "prctl PR_SET_SECCOMP")
+
+
+@functools.cache
+def sock_fprog(program: bytes) -> int:
+    """Where the `struct sock_fprog` of a program is. Worked out before a fork it need not be in
+    the child."""
     code = ctypes.create_string_buffer(program, len(program))
     prog = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
     fprog = ctypes.create_string_buffer(prog, len(prog))
-    _check(
-        _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(fprog), 0, 0),
-        "prctl PR_SET_SECCOMP",
-    )
+    _programs.append((code, fprog))
+    return ctypes.addressof(fprog)
+
+
+_programs: list[object] = []  # what there are addresses of has to stay

@@ -76,8 +76,10 @@ def return_to(own: int, flag: int) -> None:
     """To the namespace that a process belongs in. It is lost where that fails, so what a kernel
     short of memory refuses is tried again."""
     for _ in range(2):
-        with contextlib.suppress(OSError):
+        try:
             return libc.setns(own, flag)
+        except OSError:
+            continue
     return libc.setns(own, flag)
 
 

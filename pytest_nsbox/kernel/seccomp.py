@@ -237,6 +237,11 @@ def install(program: bytes) -> None:
     libc.seccomp_set_filter(program)
 
 
+def prepare(program: bytes) -> None:
+    """Do before a fork what `install` would do after it."""
+    libc.sock_fprog(program)
+
+
 def program(keep: frozenset[str]) -> bytes | None:
     """The filter for a container that keeps the capabilities `keep`, as packed instructions.
 

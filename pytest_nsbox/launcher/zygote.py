@@ -19,6 +19,9 @@ from pytest_nsbox.init.setup import Kind, run_init
 from pytest_nsbox.kernel import libc, namespaces, processes, userns
 from pytest_nsbox.kernel.mountinfo import MountWatch
 
+# a kernel may be without the second
+_LEFT_BY_CHILDREN = [kind for kind in ("pid", "time") if os.path.exists(f"/proc/self/ns/{kind}")]
+
 
 class InitFailed(Exception):
     """What an init has said before it ended; its argument is as `wire.dump_error` has it."""
@@ -184,31 +187,33 @@ def _live(launcher: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
     processes.close_all_but([launcher.fileno()])
     userns.is_complete(), userns.overflow_ids()  # for all inits, while /proc is to be seen
+    home = {kind: namespaces.open_namespace(kind) for kind in _LEFT_BY_CHILDREN}
     # a collection in a child would write to, and so copy, every page with an object in it
     gc.collect()
     gc.freeze()
     gc.disable()
-    while True:
-        received = wire.receive(launcher)
-        if received is None:
-            return
-        message, (answer, *fds) = received
-        reply: wire.Message = {}
+    kinds: dict[bytes, Kind] = {}  # by the requests for them, which need not be read again
+    while (received := wire.receive_bytes(launcher)) is not None:
+        payload, (answer, *fds) = received
         out: list[int] = []
         try:
-            if "forward" in message:
-                pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
+            if payload not in kinds and "kind" in (message := wire.decode(payload)):
+                kinds[payload] = Kind.from_wire(message["kind"])
+            if payload in kinds:
+                pid = _fork(kinds[payload], fds[0], home)
             else:
-                pid = _fork(Kind.from_wire(message["kind"]), fds[0])
-            reply = {"pid": pid}
+                pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
+            reply = b'{"pid":%d}' % pid
             out.append(os.pidfd_open(pid))
         except Exception as error:
-            reply = {"error": wire.dump_error(error)}
+            reply = wire.encode({"error": wire.dump_error(error)})
         finally:
-            wire.close_all(fds)
+            for fd in fds:
+                os.close(fd)
         with socket.socket(fileno=answer) as sock, contextlib.suppress(OSError):
-            wire.send(sock, reply, out)
-        wire.close_all(out)
+            wire.send_bytes(sock, reply, out)
+        for fd in out:
+            os.close(fd)
 
 
 def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
@@ -221,18 +226,16 @@ def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
     return processes.fork_child("nsbox-port", fds, forward)
 
 
-def _fork(kind: Kind, line: int) -> int:
+def _fork(kind: Kind, line: int, home: dict[str, int]) -> int:
     """Fork PID 1; later children of this process are not to be in its namespaces."""
-    if (confined := kind.confinement()) is not None:
-        confined.prepare()
     if kind.in_userns:
         return _fork_by_one_between(kind, line)
-    with contextlib.ExitStack() as stack:
-        for name in ("pid",) if kind.uptime is None else ("pid", "time"):
-            own = namespaces.open_namespace(name)
-            stack.callback(os.close, own)
-            stack.callback(namespaces.return_to, own, namespaces.FLAGS[name])
+    try:
         return _fork_into_new(kind, line)
+    finally:
+        namespaces.return_to(home["pid"], libc.CLONE_NEWPID)
+        if kind.uptime is not None and "time" in home:
+            namespaces.return_to(home["time"], libc.CLONE_NEWTIME)
 
 
 def _fork_into_new(kind: Kind, line: int, between: int | None = None) -> int:
@@ -240,7 +243,7 @@ def _fork_into_new(kind: Kind, line: int, between: int | None = None) -> int:
     libc.unshare(libc.CLONE_NEWPID)
     if kind.uptime is not None:
         _set_uptime(kind.uptime)
-    pid = os.fork()
+    pid = libc.fork()
     if pid == 0:
         run_init(socket.socket(fileno=line), kind, between)
     return pid
