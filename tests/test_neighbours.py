@@ -127,17 +127,22 @@ def test_what_runs_already_learns_a_new_name(session: Session, tmp_path: Path, w
 
 
 def test_a_new_container_costs_no_write_for_each_that_has_done_nothing() -> None:
-    def written() -> int:
+    def written() -> tuple[int, int]:
+        """Calls, and bytes."""
         lines = Path(f"/proc/{session._launcher.pid}/io").read_text().splitlines()  # type: ignore[union-attr]
-        return int(dict(line.split(": ") for line in lines)["syscw"])
+        counts = dict(line.split(": ") for line in lines)
+        return int(counts["syscw"]), int(counts["wchar"])
 
     with Session(pool=0) as session, ExitStack() as stack:
-        costs = []
+        calls, sizes = [], []
         for number in range(30):
             before = written()
             stack.enter_context(session.container(f"c{number}"))
-            costs.append(written() - before)
-        assert max(costs[20:]) < min(costs[2:10]) + 10
+            after = written()
+            calls.append(after[0] - before[0])
+            sizes.append(after[1] - before[1])
+        assert max(calls[20:]) < min(calls[2:10]) + 10
+        assert max(sizes[20:]) < min(sizes[2:10]) + 100
 
 
 def test_many_containers_need_no_higher_limit_on_descriptors() -> None:

@@ -247,14 +247,15 @@ def _reach(container: Container) -> str:
 
 
 def hosts_of(container: Container) -> bytes:
-    """What is to be in its /etc/hosts: itself, and all it shares a network with."""
+    """What is to be in its /etc/hosts: itself, and once something runs in it, all it shares a
+    network with."""
     own = container.order
     names_of_own = own.hostname if own.hostname == own.name else f"{own.hostname} {own.name}"
     host = [(address, names.OF_THE_HOST) for address, _ in container.host_ports.values()][:1]
     address = container.interfaces[0].ip if container.interfaces else "127.0.1.1"
     neighbours = [
         line
-        for interface in container.interfaces
+        for interface in (container.interfaces if container.used else ())
         for number, line in interface.bridge.members.items()
         if number != interface.number
     ]
@@ -433,7 +434,6 @@ def _write_own_files(container: Container) -> None:
         ),
     }
     container.hosts, container.hosts_size = [hosts], len(hosts)
-    container.heard = changes(container)
     flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     for name, path in container.own_paths.items():
         fd = os.open(path, flags, dir_fd=container.scratch)

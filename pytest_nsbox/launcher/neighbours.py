@@ -33,8 +33,10 @@ class Neighbours:
         if not container.used:
             container.used = True
             self._used.append(container)
-            if container.heard != changes(container):
+            if any(len(interface.bridge.members) > 1 for interface in container.interfaces):
                 write_hosts(container)
+            else:
+                container.heard = changes(container)
 
     def tell(self, new: Container) -> None:
         """A new name on a network is known to those who were there before."""
