@@ -204,6 +204,33 @@ def test_tmp_path_survives_and_all_else_vanishes(
     assert not (pytester.path / "vanishes").exists()
 
 
+def test_temporary_files_of_wider_fixtures_are_seen_and_what_becomes_of_them_inside_is_not(
+    run_pytest: Run,
+) -> None:
+    result = run_pytest(
+        """
+        import pathlib, pytest, tempfile
+
+        @pytest.fixture(scope="module")
+        def certificate():
+            with tempfile.TemporaryDirectory() as directory:
+                path = pathlib.Path(directory, "certificate")
+                path.write_text("made once")
+                yield path
+                assert path.read_text() == "made once"
+                assert [*path.parent.iterdir()] == [path]
+
+        @pytest.mark.sandbox
+        @pytest.mark.parametrize("number", range(2))
+        def test_it(certificate, number):
+            assert certificate.read_text() == "made once"
+            certificate.write_text("changed inside")
+            certificate.with_name("of the body").touch(exist_ok=False)
+        """
+    )
+    result.assert_outcomes(passed=2)
+
+
 def test_a_body_that_is_killed_fails_with_its_output(run_pytest: Run) -> None:
     result = run_pytest(
         """

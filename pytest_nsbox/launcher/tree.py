@@ -150,8 +150,9 @@ def _steps(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step
     steps += pseudo.proc_and_sys(order, in_userns)
     steps += pseudo.cgroup([*ground.cgroups])
     steps += pseudo.dev()
-    steps += _tmp_and_run(order, where, in_userns)
-    steps += _shown(order, where, in_userns)
+    seen = _seen(order, mounted if in_userns else _NONE)
+    steps += _tmp_and_run(order, where, in_userns, seen)
+    steps += _shown(order, where, in_userns, seen)
     steps += _elsewhere(order, where, in_userns, steps)
     if order.read_only:
         roots = [step.target for step in steps if isinstance(step, (Overlay, SubOverlay))]
@@ -232,11 +233,13 @@ def _frozen(order: Order, path: str) -> tuple[str, ...]:
     return tuple(OLD + directory for directory in reversed(order.frozen.get(path, ())))
 
 
-def _tmp_and_run(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
+def _tmp_and_run(order: Order, where: str, in_userns: bool, seen: Container[str]) -> Iterator[Step]:
     for path, upper, work in (
         ("/tmp", where + "/tmp", where + "/tmp.work"),
         ("/run", RUN, RUN + ".work"),
     ):
+        if path in seen:
+            continue
         frozen = _frozen(order, path)
         if frozen:
             yield MakeDir(work)
@@ -366,14 +369,22 @@ def _below(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(root + "/") for root in roots)
 
 
-def _shown(order: Order, where: str, in_userns: bool) -> Iterator[Step]:
-    """What of the host's /tmp and /run has to be seen all the same."""
+def _seen(order: Order, locked: Iterable[MountPoint]) -> list[str]:
+    """What of the host's /tmp and /run has to be seen all the same, copy-on-write. All of /tmp
+    cannot where mounts below it are locked to it: no overlay has such a lower directory."""
     seen: list[str] = []
-    for path in sorted(order.visible):
-        if order.layers or not _below(path, REPLACED) or _below(path, [*seen, *order.passthrough]):
-            continue
-        seen.append(path)
-        scratch = f"{where}/visible{len(seen)}"
+    refused = {parent for mount in locked for parent in _parents(mount.path)} & {*REPLACED}
+    for path in sorted(() if order.layers else order.visible):
+        shown = not _below(path, REPLACED) or _below(path, [*seen, *order.passthrough])
+        if not shown and path not in refused:
+            seen.append(path)
+    return seen
+
+
+def _shown(order: Order, where: str, in_userns: bool, seen: Iterable[str]) -> Iterator[Step]:
+    """What is as it is elsewhere: what is seen, what was brought, what is passed through."""
+    for number, path in enumerate(seen, 1):
+        scratch = f"{where}/visible{number}"
         yield SubOverlay(OLD + path, scratch, NEW + path, in_userns, frozen=_frozen(order, path))
     for mount in order.brought:
         yield BindMount(f"{OLD}{mount.src}", NEW + mount.dst, read_only=True, recursive=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -71,13 +71,19 @@ class Boxes:
 
     @contextlib.contextmanager
     def container(
-        self, item: pytest.Item, name: str | None, spec: SandboxSpec, **where: Any
+        self,
+        item: pytest.Item,
+        name: str | None,
+        spec: SandboxSpec,
+        *,
+        visible: Iterable[str] = (),
+        **where: Any,
     ) -> Iterator[Container]:
         """A container of a test, with its hooks called."""
-        visible = [str(self.config.rootpath), str(self.config.invocation_params.dir), *sys.path]
+        ours = [str(self.config.rootpath), str(self.config.invocation_params.dir), *sys.path]
         with self.supported():
             container = self.session.container(
-                name, spec=spec, visible=[path for path in visible if path], **where
+                name, spec=spec, visible=[*filter(None, ours), *visible], **where
             )
         containers_of(item).append(container)
         try:

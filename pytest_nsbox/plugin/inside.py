@@ -12,6 +12,7 @@ import faulthandler
 import os
 import pickle
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -310,9 +311,15 @@ class _Visit:
                 f"user={spec.user!r}: a body runs inside as who runs pytest, or tmp_path would be "
                 "out of its reach; take nsbox_container and run commands as that user"
             )
-        paths = passthrough(item.config)
         container = self._stack.enter_context(
-            boxes.container(item, None, spec, passthrough=paths, body=of_the_suite(item.session))
+            boxes.container(
+                item,
+                None,
+                spec,
+                passthrough=passthrough(item.config),
+                visible=[tempfile.gettempdir()],  # fixtures of a wider scope have files there
+                body=of_the_suite(item.session),
+            )
         )
         self._container = container
         self._faults = os.memfd_create("nsbox-faults")
