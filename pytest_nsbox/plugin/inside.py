@@ -38,7 +38,8 @@ from pytest_nsbox.session.inside import PATIENCE, Inside, environment
 # the plugins whose part in setting up and tearing down is done outside, too; the last is of
 # pytest-cov, and says for which test lines are run
 _PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin", "_cov_contexts")
-_FAREWELL = 5.0  # seconds for an interrupted body to tear down its fixtures
+# seconds for an interrupted body to tear down its fixtures; a standstill of both takes one of them
+_FAREWELL = 5
 
 
 @contextlib.contextmanager
@@ -342,11 +343,11 @@ class _Visit:
             return self._inside.receive()
         except KeyboardInterrupt:
             # from a terminal the body has been interrupted as well, and knows where
-            for wait, interrupt in ((1.0, False), (_FAREWELL, True)):
-                if interrupt:
+            for second in range(1 + _FAREWELL):
+                if second == 1:
                     self._inside.signal(signal.SIGINT)
                 with contextlib.suppress(TimeoutError):
-                    data = self._inside.receive(wait)
+                    data = self._inside.receive(1.0)
                     if data is not None and pickle.loads(data)[-1][0] == "raised":
                         return data
             raise
