@@ -85,18 +85,21 @@ class Zygote:
             except OSError:  # somebody has killed it
                 init.close()
         line, theirs = wire.pair()
-        try:
-            with theirs:
-                wire.send(line, order, fds)  # it finds that there when it comes to it
-                message = {"kind": kind.to_wire()}
-                reply, (pidfd,) = wire.request(self._socket, message, [theirs.fileno()])
-        except SetupError:
-            word = _last_word(line)  # it may have failed before it could be got hold of
-            if word is not None:
-                raise InitFailed(word) from None
-            raise
-        except ContainerDied:
-            raise SetupError("the process that inits are forked from has ended") from None
+        with contextlib.ExitStack() as failed:
+            failed.enter_context(line)  # an error that is kept would keep it open
+            try:
+                with theirs:
+                    wire.send(line, order, fds)  # it finds that there when it comes to it
+                    message = {"kind": kind.to_wire()}
+                    reply, (pidfd,) = wire.request(self._socket, message, [theirs.fileno()])
+            except SetupError:
+                word = _last_word(line)  # it may have failed before it could be got hold of
+                if word is not None:
+                    raise InitFailed(word) from None
+                raise
+            except ContainerDied:
+                raise SetupError("the process that inits are forked from has ended") from None
+            failed.pop_all()
         return Init(int(reply["pid"]), pidfd, line)
 
     def may_fork_ahead(self) -> bool:
