@@ -13,8 +13,9 @@ import os
 
 from pytest_nsbox import wire
 from pytest_nsbox.launcher import names
-from pytest_nsbox.launcher.build import Container, changes, hosts_of
+from pytest_nsbox.launcher.build import changes, hosts_of
 from pytest_nsbox.launcher.changes import write_upper
+from pytest_nsbox.launcher.container import Container
 
 
 def own_files(container: Container) -> dict[str, str]:

@@ -13,8 +13,9 @@ from pytest_nsbox import rootfs, wire
 from pytest_nsbox.errors import ContainerDied, SetupError, TeardownError, UnsupportedError
 from pytest_nsbox.kernel import processes
 from pytest_nsbox.launcher import ledger
-from pytest_nsbox.launcher.build import Container, make_cgroup
+from pytest_nsbox.launcher.build import make_cgroup
 from pytest_nsbox.launcher.changes import Own, read_changes
+from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.copying import copy_between
 from pytest_nsbox.launcher.hub import make_socket
 from pytest_nsbox.launcher.neighbours import own_files, write_hosts

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pytest_nsbox.errors import NsboxError
 from pytest_nsbox.kernel.mountinfo import MountWatch
-from pytest_nsbox.launcher.build import Container
+from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.model.order import Order
 
 

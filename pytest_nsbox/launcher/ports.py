@@ -16,7 +16,7 @@ import socket
 
 from pytest_nsbox.kernel import libc, processes
 from pytest_nsbox.kernel.namespaces import open_namespace
-from pytest_nsbox.launcher.build import Container
+from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.forwarder import Forwarder, reach
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.worker import stop

@@ -28,7 +28,8 @@ from pytest_nsbox.kernel import cgroup, mounts, userns
 from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
-from pytest_nsbox.launcher.build import Container, Joiner, Workshop, begin, finish
+from pytest_nsbox.launcher.build import Joiner, Workshop, begin, finish
+from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.neighbours import Neighbours
 from pytest_nsbox.launcher.networks import Networks
