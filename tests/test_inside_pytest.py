@@ -349,3 +349,25 @@ def test_threads_of_the_pytest_process_do_no_harm(run_pytest: Run) -> None:
         *("--nsbox-all", "-W", "error"),
     )
     result.assert_outcomes(passed=9)
+
+
+def test_a_body_recurses_as_deep_as_a_plain_test(
+    run_pytest: Run, pytester: pytest.Pytester
+) -> None:
+    body = """
+        def deeper(n):
+            try:
+                return deeper(n + 1)
+            except RecursionError:
+                return n
+
+        {mark}
+        def test_it(tmp_path):
+            (tmp_path / "depth").write_text(str(deeper(0)))
+    """
+    depths = []
+    for mark in ("", "@__import__('pytest').mark.sandbox"):
+        result = run_pytest(body.format(mark=mark), f"--basetemp={pytester.path}/base")
+        result.assert_outcomes(passed=1)
+        depths.append(int((pytester.path / "base/test_it0/depth").read_text()))
+    assert depths[0] == depths[1] > 500

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext, suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -34,12 +35,14 @@ class Body:
         call_and_report: Callable[..., pytest.TestReport],
         faults: int,
         deadline: Deadline,
+        depth: int,
     ) -> None:
         self.item: Any = item
         self.nextitem = nextitem
         self.call_and_report = call_and_report
         self.faults = faults
         self.deadline = deadline
+        self.depth = depth  # of the stack where a phase is done without us
         if fault_handler_stderr_fd_key in item.config.stash:
             item.config.getini("faulthandler_timeout")  # pytest keeps it, or each fork would read
         self._failure: BaseException | None = None
@@ -53,6 +56,27 @@ class Body:
 
         As a `probe` it does not get further than to where wider fixtures are set up.
         """
+        self._begin(talk, env, probe)
+        recording = self.item.config.pluginmanager.hasplugin("warnings")
+        # the fork goes on from a deeper place, and is to recurse as far as without us
+        sys.setrecursionlimit(sys.getrecursionlimit() + depth() + 1 - self.depth)
+        # pytest records into a list of the parent's; its filters stay in force
+        with warnings.catch_warnings(record=True) if recording else nullcontext() as log:
+            self.pack.warnings = log
+            self.deadline.start(self.faults)
+            try:
+                answer = pickle.dumps(("setup", True, False))
+                while answer:
+                    when, log_it, last = pickle.loads(answer)
+                    keywords = {}
+                    if when == "teardown":
+                        keywords["nextitem"] = None if last else self.nextitem
+                    report = self.call_and_report(self.item, when, log_it, **keywords)
+                    answer = self._done(when, report)
+            except (pytest.exit.Exception, KeyboardInterrupt) as error:
+                self._end_the_run(error)
+
+    def _begin(self, talk: Talk, env: Mapping[str, str], probe: bool) -> None:
         os.environ.update(env)
         if probe:
             self._end_where_wider_fixtures_are_set_up()
@@ -64,40 +88,25 @@ class Body:
         self._report_to_the_parent()
         self._tear_down_no_further_than_the_item()
         self.pack = luggage.Pack(self.item)
-        config = self.item.config
-        recording = config.pluginmanager.hasplugin("warnings")
-        # pytest records into a list of the parent's; its filters stay in force
-        with warnings.catch_warnings(record=True) if recording else nullcontext() as log:
-            self.pack.warnings = log
-            self.deadline.start(self.faults)
-            try:
-                self._phases()
-            except (pytest.exit.Exception, KeyboardInterrupt) as error:
-                self.deadline.pause()
-                with suppress(ValueError):  # not in a thread; the parent answers a second one
-                    signal.signal(signal.SIGINT, signal.SIG_IGN)
-                place = _place(error)
-                with suppress(BaseException):  # the first one is what ends the run
-                    self.item.session._setupstate.teardown_exact(None)
-                error = type(error)(*_arguments(error))
-                self._say("raised", (self.pack.close(last=True), error, place))
 
-    def _phases(self) -> None:
-        when, log, last = "setup", True, False
-        while True:
-            keywords = {}
-            if when == "teardown":
-                keywords["nextitem"] = None if last else self.nextitem
-            report = self.call_and_report(self.item, when, log, **keywords)
-            brought = self.pack.close(last=when == "teardown")
-            if when == "teardown":
-                brought["suspended"] = self._suspended
-                if self._failure is not None:
-                    brought["raised"] = Raised.of(self._failure)
-            answer = self._say("done", (portable(report), report is self._logged, brought))
-            if not answer:
-                return
-            when, log, last = pickle.loads(answer)
+    def _done(self, when: str, report: pytest.TestReport) -> bytes:
+        """Bring out how a phase has ended; returns what the next one is, nothing for none."""
+        brought = self.pack.close(last=when == "teardown")
+        if when == "teardown":
+            brought["suspended"] = self._suspended
+            if self._failure is not None:
+                brought["raised"] = Raised.of(self._failure)
+        return self._say("done", (portable(report), report is self._logged, brought))
+
+    def _end_the_run(self, error: BaseException) -> None:
+        self.deadline.pause()
+        with suppress(ValueError):  # not in a thread; the parent answers a second one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        place = _place(error)
+        with suppress(BaseException):  # the first one is what ends the run
+            self.item.session._setupstate.teardown_exact(None)
+        error = type(error)(*_arguments(error))
+        self._say("raised", (self.pack.close(last=True), error, place))
 
     def _say(self, kind: str, value: Any) -> bytes:
         """Tell the parent and wait for its answer; that time does not count as the test's."""
@@ -186,6 +195,15 @@ class Body:
             tear_down(self.item.parent)
 
         state.teardown_exact = here
+
+
+def depth() -> int:
+    """How many frames the caller's stack has."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        found, frame = found + 1, frame.f_back
+    return found
 
 
 def reporting(config: pytest.Config) -> Reporting:

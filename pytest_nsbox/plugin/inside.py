@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from _pytest.runner import CallInfo, check_interactive_exception
 
 from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin import luggage, measured, options, wider
-from pytest_nsbox.plugin.body import Body, reporting
+from pytest_nsbox.plugin.body import Body, depth, reporting
 from pytest_nsbox.plugin.boxes import boxes_of
 from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.images import of_the_suite
@@ -83,6 +84,7 @@ class _Visit:
         self._failures: list[BaseException] = []  # the same, made anew
         self._last: pytest.TestReport | None = None
         self._stack = contextlib.ExitStack()
+        self._depth = 0  # of the stack, where pytest would do a phase
 
     def call_and_report(
         self, item: pytest.Item, when: Any, log: bool = True, **keywords: Any
@@ -91,6 +93,7 @@ class _Visit:
         self.happened = True
         if item is self.item and when == "setup":
             self._plain = _is_not_run(item)
+            self._depth = depth()
         if item is not self.item or self._plain:
             report: pytest.TestReport = self.original(item, when, log, **keywords)
             return report
@@ -106,16 +109,18 @@ class _Visit:
 
     def _set_up(self, log: bool) -> pytest.TestReport:
         if _hooks_come_first(self.item) and not wider.are_set_up(self.item):
-            entered = self._try(lambda: self._enter(probe=True), "setup")
+            entered = CallInfo.from_call(partial(self._enter, probe=True), "setup", self._reraise)
             if entered.excinfo is not None:
                 self.leave()
                 return self._own_report(entered, log)
             with contextlib.suppress(_Reached):
                 return self._phase("setup", log)
             self.leave()
-        outside = self._try(self._set_up_outside, "setup")
+        outside = CallInfo.from_call(self._set_up_outside, "setup", self._reraise)
         self._failed_outside = outside.excinfo is not None
-        entered = outside if outside.excinfo else self._try(self._enter, "setup")
+        entered = outside
+        if not self._failed_outside:
+            entered = CallInfo.from_call(self._enter, "setup", self._reraise)
         if entered.excinfo is not None:
             self.leave()
             return self._own_report(entered, log)
@@ -226,7 +231,7 @@ class _Visit:
                     self._fail_with(self._raised)
                 self._pytests_own("pytest_runtest_teardown")(item=self.item, nextitem=nextitem)
 
-        call = self._try(outside, "teardown")
+        call = CallInfo.from_call(outside, "teardown", self._reraise)
         report = self._one_teardown(report, call)
         if changes:
             add_changes(report, changes)
@@ -280,11 +285,12 @@ class _Visit:
 
     # ------------------------------------------------------------------ parts
 
-    def _try(self, function: Callable[[], None], when: Any) -> CallInfo[None]:
-        reraise: tuple[type[BaseException], ...] = (pytest.exit.Exception,)
-        if not self.item.config.getoption("usepdb", False):
-            reraise += (KeyboardInterrupt,)
-        return CallInfo.from_call(function, when=when, reraise=reraise)
+    @property
+    def _reraise(self) -> tuple[type[BaseException], ...]:
+        """What ends the run, and is no outcome of the test."""
+        if self.item.config.getoption("usepdb", False):
+            return (pytest.exit.Exception,)
+        return (pytest.exit.Exception, KeyboardInterrupt)
 
     def _own_report(self, call: CallInfo[Any], log: bool) -> pytest.TestReport:
         hook = self.item.ihook
@@ -328,12 +334,12 @@ class _Visit:
         self._deadline = Deadline(item, self._began)
         reporting(item.config)
         measured.begin(item.config)
-        body = Body(item, self.nextitem, self.original, self._faults, self._deadline)
+        body = Body(item, self.nextitem, self.original, self._faults, self._deadline, self._depth)
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
         self._inside = Inside(
-            container, lambda talk: body.run(talk, env, probe), container.working_directory()
+            container, partial(body.run, env=env, probe=probe), container.working_directory()
         )
 
     def _hear(self) -> bytes | None:
