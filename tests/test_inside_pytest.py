@@ -370,4 +370,6 @@ def test_a_body_recurses_as_deep_as_a_plain_test(
         result = run_pytest(body.format(mark=mark), f"--basetemp={pytester.path}/base")
         result.assert_outcomes(passed=1)
         depths.append(int((pytester.path / "base/test_it0/depth").read_text()))
-    assert depths[0] == depths[1] > 500
+    # to within one: up to Python 3.11 a call by way of C, of a class for one, counts as well
+    assert depths[0] > 500
+    assert 0 <= depths[0] - depths[1] <= 1

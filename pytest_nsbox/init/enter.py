@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NoReturn
 
 from pytest_nsbox.init.confine import Confinement, confinement
@@ -61,7 +60,10 @@ def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
             return inner()
 
     with processes.own_pidfd() as parent:
-        child = partial(_child, ticket, confined, body, cwd, parent)
+
+        def child() -> NoReturn:
+            _child(ticket, confined, body, cwd, parent)
+
         if ticket.rootless:
             return _fork_by_a_middleman(ticket, child)
         return _fork_directly(ticket, child)

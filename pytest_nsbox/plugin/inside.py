@@ -15,7 +15,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -109,7 +108,7 @@ class _Visit:
 
     def _set_up(self, log: bool) -> pytest.TestReport:
         if _hooks_come_first(self.item) and not wider.are_set_up(self.item):
-            entered = CallInfo.from_call(partial(self._enter, probe=True), "setup", self._reraise)
+            entered = CallInfo.from_call(lambda: self._enter(probe=True), "setup", self._reraise)
             if entered.excinfo is not None:
                 self.leave()
                 return self._own_report(entered, log)
@@ -339,7 +338,7 @@ class _Visit:
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
         self._inside = Inside(
-            container, partial(body.run, env=env, probe=probe), container.working_directory()
+            container, lambda talk: body.run(talk, env, probe), container.working_directory()
         )
 
     def _hear(self) -> bytes | None:
