@@ -93,7 +93,7 @@ class Zygote:
                     message = {"kind": kind.to_wire()}
                     reply, (pidfd,) = wire.request(self._socket, message, [theirs.fileno()])
             except SetupError:
-                word = _last_word(line)  # it may have failed before it could be got hold of
+                word = last_word(line)  # it may have failed before it could be got hold of
                 if word is not None:
                     raise InitFailed(word) from None
                 raise
@@ -168,13 +168,16 @@ class Zygote:
         os.waitpid(self._pid, 0)
 
 
-def _last_word(line: socket.socket) -> wire.Message | None:
-    with contextlib.suppress(BlockingIOError, ConnectionResetError, ValueError):
-        while received := wire.receive(line, flags=socket.MSG_DONTWAIT):
-            message, fds = received
-            wire.close_all(fds)
-            if "error" in message:
-                return dict(message["error"])
+def last_word(line: socket.socket) -> wire.Message | None:
+    """The error that one has ended with; None where it has said none. That it has ended with its
+    order unread is an error of the socket, which comes first, and once."""
+    for _ in range(2):
+        with contextlib.suppress(BlockingIOError, ConnectionResetError, ValueError):
+            while received := wire.receive(line, flags=socket.MSG_DONTWAIT):
+                message, fds = received
+                wire.close_all(fds)
+                if "error" in message:
+                    return dict(message["error"])
     return None
 
 
