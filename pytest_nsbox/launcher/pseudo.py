@@ -65,19 +65,15 @@ def cgroup(hierarchies: Sequence[str]) -> Iterator[Step]:
     one the kernel goes through those of all other containers.
     """
     root = NEW + "/sys/fs/cgroup"
-    flags = _QUIET | MS_RDONLY | MS_BIND | MS_REMOUNT
-    if not hierarchies:
-        return
     if hierarchies == [""]:
-        yield Mount(CGROUP, root, None, MS_BIND)
-    else:
+        yield from _bound(CGROUP, root, MS_RDONLY)
+    elif hierarchies:
         yield Mount("cgroup", root, "tmpfs", _QUIET, "mode=755,size=64k")
         for controllers in hierarchies:
             point = f"{root}/{controllers}"
             yield MakeDir(point)
-            yield Mount(CGROUP + controllers, point, None, MS_BIND)
-            yield Mount("none", point, None, flags)
-    yield Mount("none", root, None, flags)
+            yield from _bound(CGROUP + controllers, point, MS_RDONLY)
+        yield _remount(root, MS_RDONLY)
 
 
 def dev() -> Iterator[Step]:
@@ -114,12 +110,16 @@ def closed(order: Order) -> Iterator[Step]:
         cover = EMPTY if os.path.isdir(path) else OLD + "/dev/null"
         yield Mount(cover, NEW + path, None, MS_BIND)
     for path in filter(os.path.lexists, (*_READ_ONLY, "/proc/sys")):
-        yield from _bound(NEW + path, MS_RDONLY)
+        yield from _bound(NEW + path, NEW + path, MS_RDONLY)
     # the container's own, and stays writable
-    yield from _bound(NEW + "/proc/sys/net", 0)
+    yield from _bound(NEW + "/proc/sys/net", NEW + "/proc/sys/net", 0)
 
 
-def _bound(path: str, flags: int) -> Iterator[Step]:
-    """A part of /proc by a mount of its own, which takes its flags in a second call (mount(2))."""
-    yield Mount(path, path, None, MS_BIND)
-    yield Mount("none", path, None, MS_BIND | MS_REMOUNT | _QUIET | flags)
+def _bound(source: str, target: str, flags: int) -> Iterator[Step]:
+    """A bind mount takes its flags in a second call (mount(2))."""
+    yield Mount(source, target, None, MS_BIND)
+    yield _remount(target, flags)
+
+
+def _remount(target: str, flags: int) -> Step:
+    return Mount("none", target, None, MS_BIND | MS_REMOUNT | _QUIET | flags)
