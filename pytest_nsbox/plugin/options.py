@@ -188,7 +188,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in OPTIONS:
         value(config, name)
     number(config, "pool")
-    config.pluginmanager.register(Controller(config))
+    if config.getoption("dist", "no") != "no":  # of pytest-xdist, in its controller
+        config.pluginmanager.register(Controller(config))
     if value(config, "subnet") == OPTIONS["subnet"].default:
         return
     from pytest_nsbox.errors import SpecError

@@ -42,6 +42,6 @@ class Controller:
 
     def pytest_warning_recorded(self, warning_message: warnings.WarningMessage) -> None:
         reporter = self._manager.get_plugin("terminalreporter")
-        if warning_message.filename == _OURS and self._manager.hasplugin("dsession") and reporter:
+        if warning_message.filename == _OURS and reporter:
             reporter.ensure_newline()
             reporter.write_line(str(warning_message.message))
