@@ -247,18 +247,25 @@ def test_a_timeout_by_signal_fails_the_test_and_the_next_one_runs(
     result.stdout.fnmatch_lines(["*Timeout*2*s*"])
 
 
+def _ended_by_a_thread(
+    run_pytest: Run, monkeypatch: pytest.MonkeyPatch, place: str, source: str
+) -> pytest.RunResult:
+    monkeypatch.setenv("PLACE", place)
+    monkeypatch.setenv("END", "wait")
+    result = run_pytest(
+        SOURCES[source], "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread"
+    )
+    assert result.ret == 1
+    assert re.search(r"\++ Timeout \++", result.stdout.str() + result.stderr.str())
+    return result
+
+
 @pytest.mark.parametrize("place", [place for kind, place in PLACES if kind == "inside"])
 def test_a_timeout_by_thread_ends_a_body_inside(
     place: str, run_pytest: Run, nothing_left: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The body leaves by os._exit, and the run goes on."""
-    monkeypatch.setenv("PLACE", place)
-    monkeypatch.setenv("END", "wait")
-    result = run_pytest(
-        SOURCES["inside"], "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread"
-    )
-    assert result.ret == 1
-    assert re.search(r"\++ Timeout \++", result.stdout.str() + result.stderr.str())
+    result = _ended_by_a_thread(run_pytest, monkeypatch, place, "inside")
     result.stdout.fnmatch_lines(["*the test ended its process with status 1*"])
 
 
@@ -270,11 +277,5 @@ def test_a_timeout_by_thread_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It leaves by os._exit: no finalizer runs."""
-    monkeypatch.setenv("PLACE", place)
-    monkeypatch.setenv("END", "wait")
-    result = run_pytest(
-        SOURCES["beside"], "-p", "pytest_timeout", "--timeout=2", "--timeout-method=thread"
-    )
-    assert result.ret == 1
-    assert re.search(r"\++ Timeout \++", result.stdout.str() + result.stderr.str())
+    result = _ended_by_a_thread(run_pytest, monkeypatch, place, "beside")
     assert "passed" not in result.stdout.str()
