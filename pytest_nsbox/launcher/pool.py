@@ -63,7 +63,7 @@ class Pool:
     def kind_of(self, order: Order) -> Kind | None:
         """The kind of an order, from now on the last one asked for; None for what is never made
         ahead."""
-        if not self.size or order.uptime is not None:  # that would have begun to count
+        if not self.size or order.trial or order.uptime is not None:  # it would have begun to count
             return None
         order = dataclasses.replace(
             order,

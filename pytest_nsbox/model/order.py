@@ -44,6 +44,7 @@ class Order:
     passthrough: tuple[str, ...] = ()  # paths of the host shown as they are, writable
     visible: tuple[str, ...] = ()  # paths of the host to show even where /tmp or /run hides them
     brought: tuple[MountOrder, ...] = ()  # what a body needs of the host on an image, read-only
+    trial: bool = False  # only to see whether it can be made: no second one will be asked for
 
     @property
     def own_network(self) -> bool:

@@ -75,11 +75,7 @@ def _keywords(spec: SandboxSpec, session: Session) -> Iterator[tuple[Need, Calla
         value = getattr(spec, name)
         if value:
             alone = SandboxSpec.make(network="none", **{name: value})
-            yield (name, value), functools.partial(_make, session, alone)
-
-
-def _make(session: Session, spec: SandboxSpec) -> None:
-    session.container(spec=spec).close()
+            yield (name, value), functools.partial(session.try_out, alone)
 
 
 def _reason(attempt: Callable[[], object]) -> str:

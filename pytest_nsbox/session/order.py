@@ -23,6 +23,8 @@ def make_order(
     passthrough: Iterable[str],
     visible: Iterable[str],
     brought: Brought | None = None,
+    *,
+    trial: bool = False,
 ) -> Order:
     """The order for one container."""
     passthrough = tuple(os.path.realpath(path) for path in passthrough)
@@ -53,6 +55,7 @@ def make_order(
             for mount in (brought.mounts if brought else ())
             if not any(within(mount.dst, path) for path in passthrough)
         ),
+        trial=trial,
     )
 
 

@@ -247,12 +247,14 @@ class Session:
         passthrough: Sequence[str],
         visible: Sequence[str],
         brought: Brought | None,
+        *,
+        trial: bool = False,
     ) -> Container:
         name = self._name(name)
         visible = [*visible, sys.prefix, sys.base_prefix]
         used = [*self._used]
         try:
-            order = make_order(spec, name, rootfs, passthrough, visible, brought)
+            order = make_order(spec, name, rootfs, passthrough, visible, brought, trial=trial)
             reply, fds = self.request("create", order=order.to_wire(), used=used)
             self._used.difference_update(used)
         except BaseException:
@@ -293,9 +295,13 @@ class Session:
             self._layers = LayerCache(Path(self._cache))
         brought = python.bring(rootfs, more, self._layers)
         spec = SandboxSpec(network="none")
-        with self._create(spec, None, rootfs, (), (), brought) as container:
+        with self._create(spec, None, rootfs, (), (), brought, trial=True) as container:
             python.must_start(container)
         return brought
+
+    def try_out(self, spec: SandboxSpec) -> None:
+        """Make one and take it down. Raises what `container` does."""
+        self._create(spec, None, self.resolve_rootfs(spec.rootfs), (), (), None, trial=True).close()
 
     def _name(self, name: str | None) -> str:
         if name is None:
