@@ -99,7 +99,12 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
 def receive_bytes(sock: socket.socket, *, flags: int = 0) -> tuple[bytes, list[int]] | None:
     """The same, not decoded."""
     # not recv_fds, which does not pass the flags on (up to Python 3.14 at least)
-    payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
+    try:
+        payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
+    except ConnectionResetError:
+        # that the other end is gone and has not read all of ours comes first, and once; then what
+        # it has said
+        payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
     received = array.array("i")
     for level, kind, data in beside:
         if (level, kind) == _RIGHTS:
@@ -170,10 +175,7 @@ def ask(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> Itera
 
 def reply_of(answer: socket.socket) -> tuple[Message, list[int]]:
     """The next answer on a request's socket, its error raised."""
-    try:
-        received = receive(answer)
-    except ConnectionResetError:
-        received = None
+    received = receive(answer)
     if received is None:
         raise errors.ContainerDied(ENDED)
     message, fds = received

@@ -378,13 +378,7 @@ def _write_all(fd: int, name: str, data: bytes) -> None:
 def _await(container: Container, what: str) -> tuple[wire.Message, list[int]]:
     """The next word from init. Raises what it failed with."""
     assert container.init is not None
-    received = None
-    try:
-        received = _next_word(container.init)
-    except ConnectionResetError:
-        # it has ended without reading our last word; its own is still to be had
-        with contextlib.suppress(ConnectionResetError):
-            received = wire.receive(container.init)
+    received = _next_word(container.init)
     if received is None:
         raise OSError(104, _how_init_ended(container))
     message, fds = received

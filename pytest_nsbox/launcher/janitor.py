@@ -68,7 +68,7 @@ def _work(launcher: socket.socket) -> int:
         signal.signal(number, signal.SIG_IGN)
     close_all_but([launcher.fileno()])
     status = 0
-    while (received := _next(launcher)) is not None:
+    while (received := wire.receive(launcher)) is not None:
         message, namespaces = received
         wire.close_all(namespaces)
         if "layer" not in message:
@@ -82,9 +82,3 @@ def _work(launcher: socket.socket) -> int:
             print(f"rm -r {layer}: {error}", file=sys.stderr, flush=True)
             status = 1
     return status
-
-
-def _next(launcher: socket.socket) -> tuple[wire.Message, list[int]] | None:
-    with contextlib.suppress(ConnectionResetError):  # killed, it has not read all of ours
-        return wire.receive(launcher)
-    return None

@@ -169,15 +169,13 @@ class Zygote:
 
 
 def last_word(line: socket.socket) -> wire.Message | None:
-    """The error that one has ended with; None where it has said none. That it has ended with its
-    order unread is an error of the socket, which comes first, and once."""
-    for _ in range(2):
-        with contextlib.suppress(BlockingIOError, ConnectionResetError, ValueError):
-            while received := wire.receive(line, flags=socket.MSG_DONTWAIT):
-                message, fds = received
-                wire.close_all(fds)
-                if "error" in message:
-                    return dict(message["error"])
+    """The error that one has ended with; None where it has said none."""
+    with contextlib.suppress(BlockingIOError, ValueError):
+        while received := wire.receive(line, flags=socket.MSG_DONTWAIT):
+            message, fds = received
+            wire.close_all(fds)
+            if "error" in message:
+                return dict(message["error"])
     return None
 
 
