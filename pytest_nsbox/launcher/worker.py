@@ -38,10 +38,8 @@ class Work:
         try:
             for message in self.job():
                 wire.send(answer, message)
-        except OSError as error:
-            wire.send(answer, wire.dump_oserror(error))
-        except (NsboxError, RecursionError) as error:
-            wire.send(answer, {"error": wire.dump_error(error)})
+        except (OSError, NsboxError, RecursionError) as error:
+            wire.send(answer, wire.dump_failure(error))
 
 
 def _make_room() -> None:
