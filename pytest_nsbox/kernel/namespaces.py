@@ -67,6 +67,16 @@ class Home(contextlib.AbstractContextManager["Home"]):
             signal.raise_signal(signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def in_network(netns: int, home: int) -> Iterator[None]:
+    """Be in a network namespace for a while, then in `home` again: descriptors of both."""
+    libc.setns(netns, libc.CLONE_NEWNET)
+    try:
+        yield
+    finally:
+        libc.setns(home, libc.CLONE_NEWNET)
+
+
 def _be_at(root: int) -> None:
     os.fchdir(root)
     os.chroot(".")

@@ -6,11 +6,10 @@ import contextlib
 import functools
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pytest_nsbox.kernel import libc, link, nft, sysctl
-from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel.namespaces import in_network, open_namespace
 from pytest_nsbox.kernel.netlink import Request
 from pytest_nsbox.model.addressing import Subnet, mac
 
@@ -47,15 +46,6 @@ class Hub:
         takes their namespaces down."""
         self._next_index += 1
         return self._next_index
-
-    @contextlib.contextmanager
-    def entered(self, home: int) -> Iterator[None]:
-        """Be in this namespace for a while, then in the one that `home` refers to again."""
-        libc.setns(self.netns, libc.CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            libc.setns(home, libc.CLONE_NEWNET)
 
     def close(self) -> None:
         """Let go of the namespace; the kernel takes down what is in it."""
@@ -184,5 +174,5 @@ class Interface:
 
 def make_socket(hub: Hub, home: int, family: int, kind: int) -> socket.socket:
     """A socket of the hub's network namespace: it stays there wherever it is used."""
-    with hub.entered(home):
+    with in_network(hub.netns, home):
         return socket.socket(family, kind)

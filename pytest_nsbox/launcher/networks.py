@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pytest_nsbox.kernel import libc
+from pytest_nsbox.kernel.namespaces import in_network
 from pytest_nsbox.launcher.build import Joiner
 from pytest_nsbox.launcher.hub import Bridge, Hub
 from pytest_nsbox.launcher.undo import Undo
@@ -44,7 +45,7 @@ class Networks:
         if internet and self.way_out is not None:
             self.way_out.open(hub)
         self._last_id += 1
-        with hub.entered(self._hubs[True].netns):
+        with in_network(hub.netns, self._hubs[True].netns):
             bridge = Bridge.make(self._last_id, name, hub, subnet, self._host.mtu())
         self._bridges[bridge.id] = bridge
         return bridge

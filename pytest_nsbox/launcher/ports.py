@@ -10,12 +10,12 @@ import contextlib
 import ipaddress
 import mmap
 import os
-import select
 import signal
 import socket
 
+from pytest_nsbox import wire
 from pytest_nsbox.kernel import libc, processes
-from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel.namespaces import in_network, open_namespace
 from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.forwarder import Forwarder, reach
 from pytest_nsbox.launcher.hub import Interface
@@ -33,11 +33,8 @@ def forward_port(container: Container, listener: int, port: int, home: int) -> i
         """By the network, as a neighbour would; else to the container's own loopback."""
         if ip is not None and (server := reach(ip, port)) is not None:
             return server
-        libc.setns(inside, libc.CLONE_NEWNET)
-        try:
+        with in_network(inside, outside):
             return reach("127.0.0.1", port)
-        finally:
-            libc.setns(outside, libc.CLONE_NEWNET)
 
     def forward() -> None:
         libc.setns(outside, libc.CLONE_NEWNET)
@@ -80,7 +77,7 @@ class HostPorts:
         bridge, number = interface.bridge, interface.number
         opened = self._open.get((bridge.id, port))
         if opened is None:
-            with bridge.hub.entered(home):
+            with in_network(bridge.hub.netns, home):
                 listener = socket.create_server((bridge.subnet.gateway, port), backlog=128)
             with listener:
                 opened = _HostPort(self._zygote, listener, port, bridge.subnet.ipv4)
@@ -98,11 +95,8 @@ class HostPorts:
     def _on_own_loopback(self, container: Container, port: int, home: int) -> None:
         inside = open_namespace("net", container.pid)
         try:
-            libc.setns(inside, libc.CLONE_NEWNET)
-            try:
+            with in_network(inside, home):
                 listener = socket.create_server(("127.0.0.1", port), backlog=128)
-            finally:
-                libc.setns(home, libc.CLONE_NEWNET)
         finally:
             os.close(inside)
         with listener:
@@ -133,7 +127,5 @@ def end(pidfd: int) -> None:
     """Kill a child of the zygote and wait until it has ended; the kernel reaps it."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    poll.poll()
+    wire.is_ready(pidfd, None)
     os.close(pidfd)

@@ -12,11 +12,11 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.kernel import libc, link, nft, sysctl
-from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel import link, nft, sysctl
+from pytest_nsbox.kernel.namespaces import in_network, open_namespace
 from pytest_nsbox.kernel.netlink import Netlink
 from pytest_nsbox.launcher.hub import UPLINK, Hub
 from pytest_nsbox.launcher.ledger import Ledger
@@ -37,13 +37,9 @@ class Host:
         self._ioctl = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.home = self.netns  # the namespace that the launcher returns to
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        libc.setns(self.netns, libc.CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            libc.setns(self.home, libc.CLONE_NEWNET)
+    def entered(self) -> AbstractContextManager[None]:
+        """Be in it for a while."""
+        return in_network(self.netns, self.home)
 
     def name_of(self, index: int) -> str:
         request = struct.pack("16si20x", b"", index)
