@@ -126,7 +126,8 @@ def _files() -> set[str]:
     found = set()
     for root in roots:
         found |= set(glob.glob(root + "/**", recursive=True))
-    return found - {root + "/" for root in roots} - set(roots[1:])
+    temporary = {path for top in ("/tmp", "/var/tmp") for path in glob.glob(top + "/*nsbox*")}
+    return found - {root + "/" for root in roots} - set(roots[1:]) | temporary
 
 
 def _descriptors() -> set[str]:

@@ -100,7 +100,7 @@ class Victim:
         if in_pytest:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
             command += [f"--basetemp={directory}/tmp", f"--nsbox-pool={pool}"]
-            command += [str(HERE / "suite.py")]
+            command += ["--noconftest", str(HERE / "suite.py")]  # for a cache that is looked at
             command += ["-p", "xdist", "-n2"] * (kind == "SIGKILL xdist worker")
         env = dict(os.environ)
         if plant:
