@@ -65,6 +65,8 @@ def rootless_podman(*options: str) -> Environment:
         subprocess.run(["chmod", "-R", "a+rX", place], check=True)
         start = ["podman", "run", "--rm", *options, *_from_here(place), _IMAGE, *command]
         script = f'podman import --quiet "$1" {_IMAGE} >/dev/null; shift; exec "$@"'
+        # as after a login; without it podman leaves directories in /tmp
+        script = f'export XDG_RUNTIME_DIR="/run/user/$(id -u)"; {script}'
         # Docker's and root's own are out of reach
         env = {"CONTAINERS_STORAGE_CONF": "/dev/null"}
         return run_as_ordinary_user(place, "sh", "-ec", script, "sh", str(image), *start, env=env)
