@@ -48,7 +48,7 @@ done
 mkdir -p /dev/net; mount -t tmpfs -o mode=755 tun /dev/net
 [ "$tun" = no ] || mknod -m 666 /dev/net/tun c 10 200
 chown -R 1500:1500 "$work/home"
-export HOME="$work/home" USER=tester PYTHONPATH="$checkout"
+export HOME="$work/home" USER=tester PYTHONPATH="$checkout" PYTEST_DEBUG_TEMPROOT="$work/home"
 unset XDG_CACHE_HOME XDG_RUNTIME_DIR
 cd "$work/home"
 exec setpriv --reuid=1500 --regid=1500 --clear-groups --inh-caps=-all "$@"
