@@ -312,22 +312,21 @@ class PivotRoot:
         return f"pivot_root {self.new_root}"
 
     def do(self) -> None:
+        new_root, put_old = self.new_root, self.put_old
+        if put_old is None:
+            # the old root is stacked on the new one, then detached: pivot_root(2), NOTES
+            os.chdir(new_root)
+            new_root = put_old = "."
         try:
-            self._pivot()
+            libc.pivot_root(new_root, put_old)
         except PermissionError:
             # Docker's seccomp profile refuses it even to who may mount; then the new root covers
             # the old one, out of everybody's reach: no path leads below the root of a namespace
             self._cover()
+        else:
+            if self.put_old is None:
+                libc.umount2(".", MNT_DETACH)
         os.chdir("/")
-
-    def _pivot(self) -> None:
-        if self.put_old is not None:
-            libc.pivot_root(self.new_root, self.put_old)
-            return
-        # the old root is stacked on the new one, then detached: pivot_root(2), NOTES
-        os.chdir(self.new_root)
-        libc.pivot_root(".", ".")
-        libc.umount2(".", MNT_DETACH)
 
     def _cover(self) -> None:
         if self.put_old is not None:
