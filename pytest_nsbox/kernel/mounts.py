@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pytest_nsbox.kernel.files import (
     MakeFile,
     MakeSymlink,
     OwnFile,
+    copy_contents,
     copy_owner,
     make_mount_point,
 )
@@ -248,7 +248,7 @@ class CopyFile:
             found = os.lstat(self.source)
             if not stat.S_ISREG(found.st_mode) or found.st_size > self.largest:
                 raise OSError(errno.EFBIG, self.describe())
-            shutil.copyfile(self.source, self.target, follow_symlinks=False)
+            copy_contents(self.source, self.target)
             copy_owner(self.source, self.target)
         except OSError:
             BindMount(self.source, self.target, read_only=True).do()

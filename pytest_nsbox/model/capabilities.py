@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 from pytest_nsbox.errors import SpecError
@@ -57,6 +56,8 @@ def _named(change: object) -> frozenset[str]:
         return ALL
     if name in NUMBERS:
         return frozenset({name})
+    import difflib  # not for the launcher and each init
+
     near = " or ".join(difflib.get_close_matches(name, NUMBERS))
     raise SpecError(
         f"{change!r} is not a capability"
