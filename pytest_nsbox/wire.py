@@ -8,12 +8,13 @@ share a socket without a lock, and the end of file on it says that nobody will a
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
 import select
 import socket
+import struct
+from _socket import socket as Socket
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ _IN_MEMFD = b"*"
 _NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
 _CUT = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
 _RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
-_ROOM = socket.CMSG_LEN(_MOST_FDS * array.array("i").itemsize)
+_ROOM = socket.CMSG_LEN(_MOST_FDS * struct.calcsize("i"))
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -45,7 +46,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(sock: socket.socket, message: Message, fds: Iterable[int] = ()) -> None:
+def send(sock: Socket, message: Message, fds: Iterable[int] = ()) -> None:
     """Send one message. Raises OSError (EPIPE when the other end is gone)."""
     payload = encode(message)
     if len(payload) <= _PACKET:
@@ -75,12 +76,14 @@ def decode(payload: bytes) -> Message:
     return message
 
 
-def send_bytes(sock: socket.socket, payload: bytes, fds: Iterable[int] = ()) -> None:
+def send_bytes(sock: Socket, payload: bytes, fds: Iterable[int] = ()) -> None:
     """Send one that has been encoded and is small."""
-    sock.sendmsg([payload], [(*_RIGHTS, array.array("i", fds))], _NOSIGNAL)
+    numbers = tuple(fds)
+    beside = struct.pack(f"{len(numbers)}i", *numbers)
+    sock.sendmsg([payload], [(*_RIGHTS, beside)] if numbers else [], _NOSIGNAL)
 
 
-def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]] | None:
+def receive(sock: Socket, *, flags: int = 0) -> tuple[Message, list[int]] | None:
     """The next message and its descriptors (close-on-exec), or None at the end of file.
 
     Raises ValueError for what is no message: the other end is not to be trusted with more.
@@ -96,7 +99,7 @@ def receive(sock: socket.socket, *, flags: int = 0) -> tuple[Message, list[int]]
         raise
 
 
-def receive_bytes(sock: socket.socket, *, flags: int = 0) -> tuple[bytes, list[int]] | None:
+def receive_bytes(sock: Socket, *, flags: int = 0) -> tuple[bytes, list[int]] | None:
     """The same, not decoded."""
     # not recv_fds, which does not pass the flags on (up to Python 3.14 at least)
     try:
@@ -105,11 +108,10 @@ def receive_bytes(sock: socket.socket, *, flags: int = 0) -> tuple[bytes, list[i
         # that the other end is gone and has not read all of ours comes first, and once; then what
         # it has said
         payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
-    received = array.array("i")
+    fds: list[int] = []
     for level, kind, data in beside:
         if (level, kind) == _RIGHTS:
-            received.frombytes(data[: len(data) - len(data) % received.itemsize])
-    fds = received.tolist()
+            fds += struct.unpack_from(f"{len(data) // 4}i", data)
     if not payload:
         return None
     try:

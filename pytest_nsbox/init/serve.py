@@ -12,8 +12,8 @@ import gc
 import os
 import select
 import signal
-import socket
 import time
+from _socket import socket as Socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -146,8 +146,11 @@ class Server:
 
     def socket(self, message: Message, fds: list[int], answer: int) -> bool:
         """A socket of the container's network namespace."""
-        with socket.socket(int(message["family"]), int(message["type"])) as sock:
+        sock = Socket(int(message["family"]), int(message["type"]))
+        try:
             _answer(answer, {}, sock.fileno())
+        finally:
+            sock.close()
         return False
 
     def hosts(self, message: Message, fds: list[int], answer: int) -> bool:
@@ -169,7 +172,7 @@ _OPERATIONS: dict[str, Callable[[Server, Message, list[int], int], bool]] = {
 }
 
 
-def serve(launcher: socket.socket, session: socket.socket) -> None:
+def serve(launcher: Socket, session: Socket) -> None:
     """Work until the launcher closes its end."""
     server = Server()
     gc.enable()  # for what is new; what the zygote had stays frozen
@@ -197,7 +200,7 @@ def serve(launcher: socket.socket, session: socket.socket) -> None:
             ready.clear()
 
 
-def _drain(sock: socket.socket, server: Server, most: int = 64) -> bool:
+def _drain(sock: Socket, server: Server, most: int = 64) -> bool:
     """Handle what has arrived; False at the end of file."""
     if sock.fileno() < 0:
         return True
@@ -220,11 +223,13 @@ def _drain(sock: socket.socket, server: Server, most: int = 64) -> bool:
 
 def _answer(fd: int, message: Message, *fds: int) -> None:
     """Answer, if anybody still waits."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        try:
-            wire.send(sock, message, fds)
-        except OSError:
-            return
+    sock = Socket(fileno=fd)
+    try:
+        wire.send(sock, message, fds)
+    except OSError:
+        return
+    finally:
+        sock.detach()
 
 
 def _reaper(message: Message, fds: list[int], answer: int) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import select
 import signal
-import socket
+from _socket import socket as Socket
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ _QUESTIONS = [
     f"/proc/sys/net/ipv6/conf/default/{name}" for name in ("accept_dad", "router_solicitations")
 ]
 _BUILT = wire.encode({})  # an order that leaves nothing to do
-_READY = wire.encode({"op": "ready"})
+READY = wire.encode({"op": "ready"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Kind:
         return None if self.capabilities is None else confinement(frozenset(self.capabilities))
 
 
-def run_init(launcher: socket.socket, kind: Kind, between: int | None = None) -> NoReturn:
+def run_init(launcher: Socket, kind: Kind, between: int | None = None) -> NoReturn:
     """Be PID 1 until the end: isolate oneself and say so, wait for the order, be ready and say so,
     serve. With the order come the session's socket and the cgroup.procs files to join by, and the
     steps to the file tree, unless somebody else takes them.
@@ -79,17 +79,17 @@ def run_init(launcher: socket.socket, kind: Kind, between: int | None = None) ->
         close_all_but([launcher.fileno()] if between is None else [launcher.fileno(), between])
         libc.set_process_name("nsbox-ahead")
         os.setsid()
-        _isolate(kind, launcher)
+        isolate(kind, launcher)
         received = wire.receive_bytes(launcher)
         if received is not None:
             order, (session, *cgroup_procs) = received
             libc.set_process_name(NAME)
-            _join(cgroup_procs)
+            join(cgroup_procs)
             fds = [] if order == _BUILT else _build(order)
-            _confine(kind, between)
-            wire.send_bytes(launcher, _READY, fds)
+            confine(kind, between)
+            wire.send_bytes(launcher, READY, fds)
             wire.close_all(fds)
-            serve(launcher, socket.socket(fileno=session))
+            serve(launcher, Socket(fileno=session))
         status = 0
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ def run_init(launcher: socket.socket, kind: Kind, between: int | None = None) ->
         os._exit(status)
 
 
-def _isolate(kind: Kind, launcher: socket.socket) -> None:
+def isolate(kind: Kind, launcher: Socket) -> None:
     """Be in namespaces of one's own, and hand out what the launcher needs to visit them: in a user
     namespace descriptors of those of its name and its network, as its pidfd is of no use there
     (ptrace(2), access mode checking), else its root in that of mounts."""
@@ -129,7 +129,7 @@ def _build(order: bytes) -> list[int]:
     return [mounts.build(mounts.from_wire(wire.decode(order)["steps"]))]
 
 
-def _join(cgroup_procs: list[int]) -> None:
+def join(cgroup_procs: list[int]) -> None:
     for fd in cgroup_procs:
         os.write(fd, b"0")
         os.close(fd)
@@ -137,7 +137,7 @@ def _join(cgroup_procs: list[int]) -> None:
     libc.unshare(libc.CLONE_NEWCGROUP)
 
 
-def _confine(kind: Kind, between: int | None) -> None:
+def confine(kind: Kind, between: int | None) -> None:
     if kind.confinement is not None:
         kind.confinement.apply()
     if between is not None:  # or its end would be this process's, too

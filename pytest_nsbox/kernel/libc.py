@@ -6,11 +6,13 @@ raises `OSError` naming the call and its object.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import os
 import struct
+from collections.abc import Iterator
 
 # sched.h
 CLONE_NEWTIME = 0x00000080
@@ -84,6 +86,7 @@ _libc.capset.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
 _libc.eventfd.argtypes = (ctypes.c_uint, ctypes.c_int)
 _libc.inotify_init1.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
+_mount, _unshare, _prctl, _capset = _libc.mount, _libc.unshare, _libc.prctl, _libc.capset
 _prctl_text = _libc["prctl"]
 _prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p) + (ctypes.c_ulong,) * 3
 _fork = ctypes.PyDLL(None, use_errno=True).fork  # which keeps the interpreter lock, as os.fork
@@ -126,9 +129,21 @@ def fork() -> int:
     return _check(_fork(), "fork")
 
 
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Within, what would change the calling process does nothing, and succeeds."""
+    names = ("_mount", "_unshare", "_prctl", "_capset")
+    real = {name: globals()[name] for name in names}
+    globals().update(dict.fromkeys(names, lambda *_: 0))
+    try:
+        yield
+    finally:
+        globals().update(real)
+
+
 def unshare(flags: int) -> None:
     """Leave the namespaces in `flags` for new ones (unshare(2))."""
-    if _libc.unshare(flags) < 0:
+    if _unshare(flags) < 0:
         _check(-1, f"unshare {flag_names(flags)}")
 
 
@@ -140,7 +155,7 @@ def setns(fd: int, flags: int) -> None:
 
 def mount(source: str, target: str, fstype: str | None, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
-    result = _libc.mount(
+    result = _mount(
         os.fsencode(source), os.fsencode(target), _path(fstype), flags, os.fsencode(data) or None
     )
     if result < 0:
@@ -213,7 +228,7 @@ def sethostname(name: str) -> None:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2)."""
-    result: int = _libc.prctl(option, arg2, arg3, arg4, arg5)
+    result: int = _prctl(option, arg2, arg3, arg4, arg5)
     return result if result >= 0 else _check(result, f"prctl {option} {arg2}")
 
 
@@ -246,7 +261,7 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     for shift in (0, 32):
         words += [mask >> shift & 0xFFFFFFFF for mask in (effective, permitted, inheritable)]
     data = struct.pack("=6I", *words)
-    if _libc.capset(header, data) < 0:
+    if _capset(header, data) < 0:
         _check(-1, "capset")
 
 
@@ -255,7 +270,7 @@ def seccomp_set_filter(program: bytes) -> None:
 
     `program` is the packed array of `struct sock_filter`.
     """
-    result = _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, sock_fprog(program), 0, 0)
+    result = _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, sock_fprog(program), 0, 0)
     _check(result, "prctl PR_SET_SECCOMP")
 
 

@@ -11,10 +11,12 @@ import gc
 import os
 import signal
 import socket
+from _socket import socket as Socket
 from dataclasses import dataclass
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
+from pytest_nsbox.init.rehearsal import rehearse
 from pytest_nsbox.init.setup import Kind, run_init
 from pytest_nsbox.kernel import libc, namespaces, processes, userns
 from pytest_nsbox.kernel.mountinfo import MountWatch
@@ -46,12 +48,11 @@ class _Ahead:
 
     kind: Kind
     line: socket.socket
-    answer: socket.socket  # where the zygote says that it is there
     mounted: object  # what was on the host when it was asked for: it has a copy of that
 
 
 class Zygote:
-    """The launcher's handle on it."""
+    """The launcher's handle on it. It answers what it is asked in the order that it is asked in."""
 
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self._pid = pid
@@ -90,8 +91,8 @@ class Zygote:
             try:
                 with theirs:
                     wire.send(line, order, fds)  # it finds that there when it comes to it
-                    message = {"kind": kind.to_wire()}
-                    reply, (pidfd,) = wire.request(self._socket, message, [theirs.fileno()])
+                    self._ask({"kind": kind.to_wire()}, [theirs.fileno()])
+                pid, pidfd = self._told()
             except SetupError:
                 word = last_word(line)  # it may have failed before it could be got hold of
                 if word is not None:
@@ -100,7 +101,18 @@ class Zygote:
             except ContainerDied:
                 raise SetupError("the process that inits are forked from has ended") from None
             failed.pop_all()
-        return Init(int(reply["pid"]), pidfd, line)
+        return Init(pid, pidfd, line)
+
+    def _ask(self, message: wire.Message, fds: list[int]) -> None:
+        try:
+            wire.send(self._socket, message, fds)
+        except (BrokenPipeError, ConnectionResetError):
+            raise ContainerDied(f"cannot fork: {wire.ENDED}") from None
+
+    def _told(self) -> tuple[int, int]:
+        """The pid and the pidfd of what it has forked. Raises an NsboxError."""
+        reply, (pidfd,) = wire.reply_of(self._socket)
+        return int(reply["pid"]), pidfd
 
     def may_fork_ahead(self) -> bool:
         """Whether the next init is likely to be one like the last, and is not there yet."""
@@ -114,16 +126,14 @@ class Zygote:
         if self._last is None:
             return
         kind, self._last = self._last, None
-        message = {"kind": kind.to_wire()}
-        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # said when needed
+        with contextlib.suppress(OSError, ContainerDied):  # it is said when one is needed
             mounted = self._mounts.now()
-            (answer, answers), (line, theirs) = wire.pair(), wire.pair()
-            with answers, theirs:
-                opened.enter_context(answer)
-                opened.enter_context(line)
-                wire.send(self._socket, message, [answers.fileno(), theirs.fileno()])
-            opened.pop_all()
-            self._ahead = _Ahead(kind, line, answer, mounted)
+            line, theirs = wire.pair()
+            with theirs, contextlib.ExitStack() as failed:
+                failed.enter_context(line)
+                self._ask({"kind": kind.to_wire()}, [theirs.fileno()])
+                failed.pop_all()
+            self._ahead = _Ahead(kind, line, mounted)
 
     def _take_ahead(self, kind: Kind) -> Init | None:
         """The one forked ahead; None where it will not do."""
@@ -134,21 +144,20 @@ class Zygote:
             self._end_ahead()
             return None
         self._ahead = None
-        with ahead.answer:
-            try:
-                reply, (pidfd,) = wire.reply_of(ahead.answer)
-            except NsboxError:  # the same will happen again, and be said
-                ahead.line.close()
-                return None
-        return Init(int(reply["pid"]), pidfd, ahead.line)
+        try:
+            pid, pidfd = self._told()
+        except NsboxError:  # the same will happen again, and be said
+            ahead.line.close()
+            return None
+        return Init(pid, pidfd, ahead.line)
 
     def _end_ahead(self) -> None:
         """Without an order it ends; wait until it has."""
         if (ahead := self._ahead) is None:
             return
         self._ahead = None
-        with ahead.answer, contextlib.suppress(NsboxError):
-            _, (pidfd,) = wire.reply_of(ahead.answer)
+        with contextlib.suppress(NsboxError):
+            _, pidfd = self._told()
             ahead.line.close()
             wire.is_ready(pidfd, None)
             os.close(pidfd)
@@ -157,9 +166,9 @@ class Zygote:
     def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:
         """A process that forwards to a port of the host's loopback; returns a pidfd. `fds` are
         the listening socket and the table of who in `network` may come in. Raises SetupError."""
-        message = {"forward": port, "network": network}
-        _, received = wire.request(self._socket, message, fds)
-        return received[0]
+        self._end_ahead()  # whose answer would come first
+        self._ask({"forward": port, "network": network}, fds)
+        return self._told()[1]
 
     def close(self) -> None:
         """End it, and wait until it has ended."""
@@ -184,6 +193,8 @@ def _live(launcher: socket.socket) -> None:
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     libc.set_process_name("nsbox-zygote")
     os.chdir("/")  # who changes the root of an init takes along what is there (pivot_root(2))
+    with contextlib.suppress(OSError):  # then each learns for itself
+        rehearse()
     # for all inits, too: each call there would copy pages
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_DFL)
@@ -191,15 +202,15 @@ def _live(launcher: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
     processes.close_all_but([launcher.fileno()])
     userns.is_complete(), userns.overflow_ids()  # for all inits, while /proc is to be seen
+    line = Socket(fileno=launcher.detach())
     home = {kind: namespaces.open_namespace(kind) for kind in _LEFT_BY_CHILDREN}
     # a collection in a child would write to, and so copy, every page with an object in it
     gc.collect()
     gc.freeze()
     gc.disable()
     kinds: dict[bytes, Kind] = {}  # by the requests for them, which need not be read again
-    while (received := wire.receive_bytes(launcher)) is not None:
-        payload, (answer, *fds) = received
-        out: list[int] = []
+    while (received := wire.receive_bytes(line)) is not None:
+        payload, fds = received
         try:
             if payload not in kinds and "kind" in (message := wire.decode(payload)):
                 kinds[payload] = Kind.from_wire(message["kind"])
@@ -207,17 +218,14 @@ def _live(launcher: socket.socket) -> None:
                 pid = _fork(kinds[payload], fds[0], home)
             else:
                 pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
-            reply = b'{"pid":%d}' % pid
-            out.append(os.pidfd_open(pid))
+            pidfd = os.pidfd_open(pid)
         except Exception as error:
-            reply = wire.encode({"error": wire.dump_error(error)})
+            wire.send(line, {"error": wire.dump_error(error)})
+        else:
+            wire.send_bytes(line, b'{"pid":%d}' % pid, (pidfd,))
+            os.close(pidfd)
         finally:
-            for fd in fds:
-                os.close(fd)
-        with socket.socket(fileno=answer) as sock, contextlib.suppress(OSError):
-            wire.send_bytes(sock, reply, out)
-        for fd in out:
-            os.close(fd)
+            wire.close_all(fds)
 
 
 def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
@@ -249,7 +257,7 @@ def _fork_into_new(kind: Kind, line: int, between: int | None = None) -> int:
         _set_uptime(kind.uptime)
     pid = libc.fork()
     if pid == 0:
-        run_init(socket.socket(fileno=line), kind, between)
+        run_init(Socket(fileno=line), kind, between)
     return pid
 
 
