@@ -24,7 +24,7 @@ _FEATURE_OF = {
     "pids": "pids",
     "io": "io",
 }
-_PERIOD, _LONGEST_PERIOD, _LEAST_QUOTA = 100_000, 1_000_000, 1_000  # microseconds
+PERIOD, _LONGEST_PERIOD, _LEAST_QUOTA = 100_000, 1_000_000, 1_000  # microseconds
 
 
 def _named(error: OSError, what: str) -> OSError:
@@ -207,7 +207,7 @@ def bandwidth(cpus: float) -> tuple[int, int]:
 
     The kernel takes no quota below 1 ms, so for little bandwidth the period is made longer.
     """
-    period = min(_LONGEST_PERIOD, max(_PERIOD, round(_LEAST_QUOTA / cpus)))
+    period = min(_LONGEST_PERIOD, max(PERIOD, round(_LEAST_QUOTA / cpus)))
     return max(_LEAST_QUOTA, round(cpus * period)), period
 
 

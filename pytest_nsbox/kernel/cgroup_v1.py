@@ -111,6 +111,7 @@ class CgroupV1:
         self._paths: list[str] = []
         self._of: dict[str, str] = {}  # controller to its directory
         self._memory = self._memsw = _UNLIMITED
+        self._period = files.PERIOD  # as the kernel has it in a new one
         self._oom_event = -1
         self._oom_seen = 0
 
@@ -188,7 +189,9 @@ class CgroupV1:
         path = self.use("cpu")
         quota, period = files.bandwidth(cpus)
         try:
-            files.write(path + "/cpu.cfs_period_us", str(period))
+            if period != self._period:  # to write it the kernel goes through all other groups
+                files.write(path + "/cpu.cfs_period_us", str(period))
+                self._period = period
             files.write(path + "/cpu.cfs_quota_us", str(quota))
         except OSError as error:
             if error.errno != errno.EINVAL:
