@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -33,6 +35,10 @@ def write_ledger(directory: Path, *rows: tuple[str, Any]) -> Path:
     return path
 
 
+def refuse(directory: Path) -> contextlib.AbstractContextManager[None]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+
+
 def test_what_cannot_be_swept_does_not_keep_the_rest_and_is_tried_again(tmp_path: Path) -> None:
     no_cgroup, layer = tmp_path / "no-cgroup", tmp_path / "layer"
     no_cgroup.mkdir()
@@ -56,6 +62,25 @@ def test_a_ledger_whose_owner_lives_is_not_swept(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="left behind: layer"):
         living.close()
     assert living.path.exists()
+
+
+def test_a_parameter_that_could_not_be_put_back_stays_written_down_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = tmp_path / "forwarding"
+    parameter.write_text("0\n")
+    rows = ledger.Ledger(tmp_path / "rows")
+    rows.set_sysctl(str(parameter), "1", contextlib.nullcontext)
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_locked", refuse)
+        with pytest.raises(PermissionError):
+            rows.put_back_sysctls(contextlib.nullcontext)
+    with pytest.raises(OSError, match=f"left behind: sysctl .*{parameter}"):
+        rows.close()
+    monkeypatch.setattr(ledger, "start_time", lambda pid: None)  # as if the owner had ended
+    assert ledger.sweep(tmp_path / "rows")
+    assert parameter.read_text().strip() == "0"
+    assert not rows.path.exists()
 
 
 def test_a_row_that_does_not_fit_is_an_error_and_leaves_the_others_readable(
@@ -217,7 +242,7 @@ def test_a_session_whose_launcher_was_killed_sweeps_at_its_end(nothing_left: Sna
 KILLED = """
 import os, pytest_nsbox
 session = pytest_nsbox.Session()
-session.container(memory="64M").write_text("/etc/written", "x")
+session.container(memory="64M", network="isolated").write_text("/etc/written", "x")
 print(session._launcher.pid, flush=True)
 os.kill(session._launcher.pid, 9)
 os.kill(os.getpid(), 9)

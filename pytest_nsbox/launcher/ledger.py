@@ -155,9 +155,9 @@ class Ledger:
 
     def _close(self) -> None:
         left = [
-            f"{kind} {value}"
+            _said(kind, value)
             for kind, value in _Rows(self.path).left
-            if kind != SYSCTL and os.path.lexists(value)
+            if kind == SYSCTL or os.path.lexists(value)
         ]
         if left:
             os.close(self._fd)
@@ -341,7 +341,11 @@ def _undo(rows: _Rows, directory: Path) -> list[str]:
             continue
         (undone if there else gone).append((kind, value))
     rows.left = [row for row in rows.left if row not in undone and row not in gone]
-    return [f"{kind} {value}" for kind, value in undone]
+    return [_said(kind, value) for kind, value in undone]
+
+
+def _said(kind: str, value: Any) -> str:
+    return f"{kind} {value[1] if kind == SYSCTL and _is_sysctl(value) else value}"
 
 
 def _is_sysctl(value: Any) -> bool:
