@@ -40,7 +40,9 @@ class Ticket:
         """Prepared before the fork, where all is still in reach."""
         if self.capabilities is None:
             return None
-        return confinement(self.capabilities)
+        found = confinement(self.capabilities)
+        found.prepare()
+        return found
 
 
 def fork_into(ticket: Ticket, body: Callable[[], int], cwd: str | None) -> int:
