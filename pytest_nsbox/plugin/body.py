@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
@@ -20,9 +20,25 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from pytest_nsbox.plugin import luggage
 from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
+from pytest_nsbox.session.inside import Talk
 
-Talk = Callable[[bytes], bytes]
 _NAME = "nsbox-body"
+
+
+class Phase(NamedTuple):
+    """What is to be done next."""
+
+    when: Any  # "setup", "call" or "teardown"
+    log: bool
+    last: bool = False  # of the run's last test
+
+    @classmethod
+    def after(cls, when: str, nextitem: pytest.Item | None) -> Phase | None:
+        """As pytest's `runtestprotocol` goes on when a phase has passed; where the body's teardown
+        is logged is the parent's to say."""
+        if when == "teardown":
+            return None
+        return cls("call", True) if when == "setup" else cls("teardown", False, nextitem is None)
 
 
 class Body:
@@ -36,6 +52,7 @@ class Body:
         faults: int,
         deadline: Deadline,
         depth: int,
+        unasked: bool,
     ) -> None:
         self.item: Any = item
         self.nextitem = nextitem
@@ -43,11 +60,13 @@ class Body:
         self.faults = faults
         self.deadline = deadline
         self.depth = depth  # of the stack where a phase is done without us
+        self.unasked = unasked  # whether a phase that has passed is followed by the next at once
         if fault_handler_stderr_fd_key in item.config.stash:
             item.config.getini("faulthandler_timeout")  # pytest keeps it, or each fork would read
         self._failure: BaseException | None = None
         self._suspended = False  # whether wider fixtures are kept for another run of the test
         self._logged: pytest.TestReport | None = None
+        self._told: set[str] = set()  # its attributes then
         self._finalizers: list[Callable[[], object]] = []  # those left while the test is torn down
         self._unsaid: list[tuple[str, Any]] = []  # what can wait for the next word
 
@@ -65,14 +84,13 @@ class Body:
             self.pack.warnings = log
             self.deadline.start(self.faults)
             try:
-                answer = pickle.dumps(("setup", True, False))
-                while answer:
-                    when, log_it, last = pickle.loads(answer)
+                phase: Phase | None = Phase("setup", True, False)
+                while phase is not None:
                     keywords = {}
-                    if when == "teardown":
-                        keywords["nextitem"] = None if last else self.nextitem
-                    report = self.call_and_report(self.item, when, log_it, **keywords)
-                    answer = self._done(when, report)
+                    if phase.when == "teardown":
+                        keywords["nextitem"] = None if phase.last else self.nextitem
+                    report = self.call_and_report(self.item, phase.when, phase.log, **keywords)
+                    phase = self._done(phase.when, report)
             except (pytest.exit.Exception, KeyboardInterrupt) as error:
                 self._end_the_run(error)
 
@@ -89,14 +107,27 @@ class Body:
         self._tear_down_no_further_than_the_item()
         self.pack = luggage.Pack(self.item)
 
-    def _done(self, when: str, report: pytest.TestReport) -> bytes:
-        """Bring out how a phase has ended; returns what the next one is, nothing for none."""
+    def _done(self, when: str, report: pytest.TestReport) -> Phase | None:
+        """Bring out how a phase has ended; returns what the next one is, None for none."""
         brought = self.pack.close(last=when == "teardown")
         if when == "teardown":
             brought["suspended"] = self._suspended
             if self._failure is not None:
                 brought["raised"] = Raised.of(self._failure)
-        return self._say("done", (portable(report), report is self._logged, brought))
+        following = None
+        session = self.item.session  # who is to stop has the last test torn down as such
+        if self.unasked and report.passed and not (session.shouldstop or session.shouldfail):
+            following = Phase.after(when, self.nextitem)
+        late = None
+        if report is self._logged:  # what was noted on it since, such as that pdb has shown it
+            late = {name: vars(report)[name] for name in vars(report).keys() - self._told}
+            late = luggage.trimmed(late)
+        value = (portable(report) if late is None else None, late, brought, following is not None)
+        if following is not None:
+            self._tell("done", value)
+            return following
+        answer = self._say("done", value)
+        return Phase(*pickle.loads(answer)) if answer else None
 
     def _end_the_run(self, error: BaseException) -> None:
         self.deadline.pause()
@@ -110,12 +141,16 @@ class Body:
 
     def _say(self, kind: str, value: Any) -> bytes:
         """Tell the parent and wait for its answer; that time does not count as the test's."""
-        _flush_terminal(self.item.config)
         self.deadline.pause()
-        answer = self._talk(pickle.dumps([*self._unsaid, (kind, value)]))
-        self._unsaid.clear()
+        answer = self._tell(kind, value, told=False)
         self.deadline.resume()
         return answer
+
+    def _tell(self, kind: str, value: Any, *, told: bool = True) -> bytes:
+        """Tell the parent, and go on."""
+        _flush_terminal(self.item.config)
+        unsaid, self._unsaid = self._unsaid, []
+        return self._talk(pickle.dumps([*unsaid, (kind, value)]), told=told)
 
     # ------------------------------------------------------------------ this process's own pytest
 
@@ -154,7 +189,7 @@ class Body:
         self._failure = error
 
     def log(self, report: pytest.TestReport) -> None:
-        self._logged = report
+        self._logged, self._told = report, {*vars(report)}
         word = ("log", (portable(report), self.pack.close(last=False)))
         if type(report) is pytest.TestReport and report.passed and not self._unsaid:
             # nothing but the end of the phase comes after it

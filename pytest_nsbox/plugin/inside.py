@@ -15,7 +15,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from _pytest import runner, skipping
@@ -38,6 +38,8 @@ from pytest_nsbox.session.inside import PATIENCE, Inside, environment
 # the plugins whose part in setting up and tearing down is done outside, too; the last is of
 # pytest-cov, and says for which test lines are run
 _PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin", "_cov_contexts")
+# whose part in reporting does not depend on what a body does meanwhile
+_PYTESTS = ("_pytest.", "xdist.", "pytest_nsbox.")
 # seconds for an interrupted body to tear down its fixtures; a standstill of both takes one of them
 _FAREWELL = 5
 
@@ -74,6 +76,7 @@ class _Visit:
         self._plain = False  # skipped by a mark: there is no body to be inside
         self._failed_outside = False  # the same, as wider fixtures could not be set up
         self._inside: Inside | None = None
+        self._goes_on = False  # the body has begun its next phase
         self._container: Container | None = None
         self._faults = -1  # where the body's faulthandler writes
         self._began = time.monotonic()
@@ -153,10 +156,24 @@ class _Visit:
         self, when: str, log: bool, adjust: Callable[[pytest.TestReport], None] | None = None
     ) -> pytest.TestReport:
         """Have the body go through a phase; the report that it makes, logged if asked for."""
+        try:
+            return self._go_through(when, log, adjust)
+        except KeyboardInterrupt:
+            if self._inside is None or not self._goes_on:
+                raise
+            # it has come here, as the last phase was reported on; the body is to end as ever
+            data = self._farewell()
+            if data is None:
+                raise
+            self._end_the_run(*pickle.loads(data)[-1][1])
+
+    def _go_through(
+        self, when: str, log: bool, adjust: Callable[[pytest.TestReport], None] | None
+    ) -> pytest.TestReport:
         started = time.time()
         clock = time.perf_counter()
         assert self._inside is not None
-        if when != "setup":
+        if when != "setup" and not self._goes_on:
             last = when == "teardown" and self.nextitem is None
             self._inside.reply(pickle.dumps((when, log, last)))
         logged: list[pytest.TestReport] = []
@@ -168,6 +185,7 @@ class _Visit:
                     self.item.ihook.pytest_runtest_logreport(report=report)
                 return report
             *before, (kind, value) = pickle.loads(data)  # the child is the test itself
+            self._goes_on = kind == "done" and value[-1]
             for _, row in before:
                 logged.append(self._log(row, adjust))
             if kind == "log":
@@ -175,14 +193,13 @@ class _Visit:
                 session = self.item.session
                 self._inside.reply(pickle.dumps((session.shouldstop, session.shouldfail)))
             elif kind == "done":
-                report, was_logged, brought = value
+                report, late, brought, _ = value
                 luggage.unpack(self.item, brought)
                 self._raised = brought.get("raised")
                 self._suspended = brought.get("suspended", False)
-                if was_logged:  # what was noted on it since, such as that pdb has shown it
-                    late = {k: v for k, v in vars(report).items() if k not in vars(logged[-1])}
-                    vars(logged[-1]).update(late)
+                if late is not None:
                     report = logged[-1]
+                    vars(report).update(late)
                 elif adjust is not None:
                     adjust(report)
                 self._last = report
@@ -190,11 +207,17 @@ class _Visit:
             elif kind == "reached":
                 raise _Reached
             else:
-                brought, error, place = value
-                luggage.unpack(self.item, brought)
-                self._inside.reply(b"")
-                self.leave()
-                _raise_at(error, place)
+                self._end_the_run(*value)
+
+    def _end_the_run(
+        self, brought: dict[str, Any], error: BaseException, place: tuple[str, int] | None
+    ) -> NoReturn:
+        """As the body has been interrupted, or has called `pytest.exit`."""
+        assert self._inside is not None
+        luggage.unpack(self.item, brought)
+        self._inside.reply(b"")
+        self.leave()
+        _raise_at(error, place)
 
     def _log(
         self,
@@ -333,7 +356,15 @@ class _Visit:
         self._deadline = Deadline(item, self._began)
         reporting(item.config)
         measured.begin(item.config)
-        body = Body(item, self.nextitem, self.original, self._faults, self._deadline, self._depth)
+        body = Body(
+            item,
+            self.nextitem,
+            self.original,
+            self._faults,
+            self._deadline,
+            self._depth,
+            _nobody_minds(item),
+        )
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
@@ -347,15 +378,29 @@ class _Visit:
         try:
             return self._inside.receive()
         except KeyboardInterrupt:
-            # from a terminal the body has been interrupted as well, and knows where
-            for second in range(1 + _FAREWELL):
-                if second == 1:
-                    self._inside.signal(signal.SIGINT)
-                with contextlib.suppress(TimeoutError):
-                    data = self._inside.receive(1.0)
-                    if data is not None and pickle.loads(data)[-1][0] == "raised":
+            self._goes_on = False  # `_phase` need not ask once more
+            data = self._farewell()
+            if data is None:
+                raise
+            return data
+
+    def _farewell(self) -> bytes | None:
+        """What an interrupted body has to say; None when it does not come to it."""
+        assert self._inside is not None
+        # from a terminal the body has been interrupted as well, and knows where
+        for second in range(1 + _FAREWELL):
+            if second == 1:
+                self._inside.signal(signal.SIGINT)
+            with contextlib.suppress(TimeoutError):
+                while (data := self._inside.receive(1.0)) is not None:
+                    *before, (kind, value) = pickle.loads(data)
+                    if kind == "raised":
                         return data
-            raise
+                    if kind != "done" or not value[-1]:
+                        break  # it waits for an answer
+                    for _, row in before:  # of the phases before that one
+                        self._log(row, None)
+        return None
 
     def leave(self) -> None:
         """End the body, if there is one, and take its container down."""
@@ -438,6 +483,29 @@ def _hooks_come_first(item: pytest.Item) -> bool:
     return False
 
 
+def _nobody_minds(item: pytest.Item) -> bool:
+    """Whether a body may go on while the phase that has passed is still reported on here: in
+    pytest's own order of phases, with nobody but pytest to hear of the report, and nothing that
+    both write to the terminal."""
+    option = item.config.option
+    if option.capture != "fd" or option.usepdb or option.trace or option.setupshow:
+        return False
+    if option.setuponly or option.setupplan:
+        return False
+    plugin: Any = item.config.pluginmanager.getplugin("logging-plugin")
+    if plugin is None or plugin._log_cli_enabled():
+        return False
+    driven = [
+        implementation
+        for implementation in item.ihook.pytest_runtest_protocol.get_hookimpls()
+        if not (implementation.wrapper or implementation.hookwrapper)
+    ]
+    return all(
+        (getattr(implementation.function, "__module__", None) or "").startswith(_PYTESTS)
+        for implementation in (*driven, *item.ihook.pytest_runtest_logreport.get_hookimpls())
+    )
+
+
 def _spec_defaults(item: Any) -> Any:
     """What an overridden nsbox_spec fixture says; it is asked outside, before the container."""
     definitions = item.session._fixturemanager.getfixturedefs("nsbox_spec", item)
@@ -458,9 +526,10 @@ def _spec_defaults(item: Any) -> Any:
     return function()
 
 
-def _raise_at(error: BaseException, place: tuple[str, int] | None) -> None:
+def _raise_at(error: BaseException, place: tuple[str, int] | None) -> NoReturn:
     """Raise what ends the run as if from the line of the test that it came from."""
     if place is None:
         raise error
     path, line = place
     exec(compile("\n" * (line - 1) + "raise error", path, "exec"), {"error": error})
+    raise AssertionError  # it has raised

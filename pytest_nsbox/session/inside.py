@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -14,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
@@ -24,18 +25,20 @@ if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
 
 _LENGTH = struct.Struct("=Q")
+_CHUNK = 1 << 16  # what is larger, malloc(3) maps and unmaps each time
 _UNTIL_DEAD = 5.0  # seconds that a killed process has to end in
 PATIENCE = 0.2  # seconds by which a killed container's process may seem to die before it
 
-Talk = Callable[[bytes], bytes]
+
+class Talk(Protocol):
+    """Sends a message out and returns the answer: while one of the two is at work the other waits,
+    so what both write to a terminal stays in order. What is only `told` has no answer."""
+
+    def __call__(self, data: bytes, *, told: bool = False) -> bytes: ...
 
 
 class Inside:
-    """A forked child at work in a container, and what it has to say.
-
-    The child runs `body` with a function that sends a message out and returns the answer: while
-    one of the two is at work the other waits, so what both write to a terminal stays in order.
-    """
+    """A forked child at work in a container, running `body`, and what it has to say."""
 
     def __init__(
         self, container: Container, body: Callable[[Talk], None], cwd: str | None = None
@@ -62,7 +65,7 @@ class Inside:
 
         def child() -> int:
             self._socket.close()
-            body(lambda data: _talk(theirs, data))
+            body(functools.partial(_talk, theirs))
             _flush()
             return 0
 
@@ -80,7 +83,7 @@ class Inside:
         container.bodies.append(self)
 
     def receive(self, timeout: float | None = None) -> bytes | None:
-        """The child's next message; None at its end. It waits for `reply`.
+        """The child's next message; None at its end. It waits for `reply`, if it wants one.
 
         Raises TimeoutError when that takes longer than `timeout` seconds.
         """
@@ -101,7 +104,7 @@ class Inside:
             if not ready:
                 raise TimeoutError
             # a grandchild may hold the socket open, so the child's end ends it, too
-            chunk = self._socket.recv(1 << 20) if self._socket.fileno() in ready else b""
+            chunk = self._socket.recv(_CHUNK) if self._socket.fileno() in ready else b""
             if not chunk:
                 return None
             buffer += chunk
@@ -173,9 +176,10 @@ def _logs_at_rest() -> Iterator[None]:
         yield
 
 
-def _talk(sock: socket.socket, data: bytes) -> bytes:
-    sock.sendall(_LENGTH.pack(len(data)))
-    sock.sendall(data)
+def _talk(sock: socket.socket, data: bytes, *, told: bool = False) -> bytes:
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+    if told:
+        return b""
     header = sock.recv(_LENGTH.size, socket.MSG_WAITALL)
     if len(header) < _LENGTH.size:
         os._exit(1)  # nobody is left to hear the rest
