@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pexpect
 import pytest
 
+from pytest_nsbox import Session
 from tests.test_inside import normal
 
 Run = Callable[..., pytest.RunResult]
@@ -269,3 +271,27 @@ def test_the_debugger_is_inside(pytester: pytest.Pytester, way: str) -> None:
     child.expect("1 passed" if way == "breakpoint" else "Quitting debugger|1 failed")
     child.expect(pexpect.EOF)
     assert not re.search("INTERNALERROR", child.before or "")
+
+
+def test_a_container_that_has_died_before_its_body_came_is_said_to_have(
+    run_pytest: Callable[..., pytest.RunResult],
+) -> None:
+    result = run_pytest(
+        "def test_it(): pass",
+        "--nsbox-all",
+        conftest="""
+        def pytest_nsbox_container_started(container):
+            container.kill()
+            container.wait_until(container.death)
+        """,
+    )
+    assert result.parseoutcomes() == {"errors": 1}
+    result.stdout.fnmatch_lines(["*container 'nsbox1' has been killed"])
+
+
+def test_a_container_that_no_body_has_come_to_leaves_no_descriptor() -> None:
+    with Session() as session:
+        session.container().close()
+        before = os.listdir("/proc/self/fd")
+        session.container(body=()).close()
+        assert os.listdir("/proc/self/fd") == before

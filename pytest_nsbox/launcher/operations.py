@@ -35,7 +35,8 @@ Answer = Reply | Work
 
 
 def create(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
-    """Build a container. `used` are those that have been used since the last one was."""
+    """Build a container. `used` are those that have been used since the last one was. Who wants to
+    `enter` it is given what that takes at once."""
     for id in message["used"]:
         use(launcher, {"id": id}, [])
     container, pidfd = launcher.create(Order.from_wire(message["order"]))
@@ -45,7 +46,16 @@ def create(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
         "addresses": [[i.ip, i.ip6, i.bridge.id] for i in container.interfaces],
     }
     assert container.line is not None
-    return reply, [container.line.detach(), pidfd]
+    out = [container.line.detach(), pidfd]
+    if message["enter"]:
+        try:
+            reply["way_in"], more = enter(launcher, reply, [])
+        except BaseException:
+            wire.close_all(out)
+            launcher.destroy(container)
+            raise
+        out += more
+    return reply, out
 
 
 def use(launcher: Launcher, message: Message, fds: list[int]) -> Reply:

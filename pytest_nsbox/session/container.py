@@ -66,6 +66,8 @@ class Container:
         self.bodies: list[Inside] = []  # forks of this process that are at work inside
         self._init = socket.socket(fileno=fds[0])
         self.pidfd = fds[1]
+        # what a fork needs to enter it, and its descriptors, where one has been foreseen
+        self._way_in = (reply["way_in"], fds[2:]) if "way_in" in reply else None
         self.paused = False
         self._owner = os.getpid()
         self.closed = False
@@ -99,6 +101,8 @@ class Container:
         finally:
             self._init.close()
             os.close(self.pidfd)
+            if self._way_in is not None:
+                wire.close_all(self._way_in[1])
             for process in self.processes:
                 process.abandon()
             self.session.release_name(self.name)
@@ -186,6 +190,11 @@ class Container:
     def summary(self) -> str:
         """Its state and the end of what ran in it, for a report."""
         return ending.summary(self)
+
+    def way_in(self) -> tuple[wire.Message, list[int]]:
+        """What a fork of this process needs to enter it. Raises ContainerDied."""
+        found, self._way_in = self._way_in, None
+        return found or self.session.request("enter", id=self.id)
 
     def why_dead(self) -> NsboxError:
         try:

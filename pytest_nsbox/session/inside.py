@@ -46,7 +46,7 @@ class Inside:
         from pytest_nsbox.init.enter import Ticket, fork_into
 
         try:
-            reply, fds = container.session.request("enter", id=container.id)
+            reply, fds = container.way_in()
         except ContainerDied as error:
             raise (container.death() or error) from None
         kept = reply["capabilities"]
@@ -73,6 +73,9 @@ class Inside:
         try:
             with theirs, _logs_at_rest():
                 self.pid = fork_into(ticket, child, cwd)
+        except ProcessLookupError:  # it has died since the way in was opened
+            self._socket.close()
+            raise container.why_dead() from None
         except BaseException:
             self._socket.close()
             raise

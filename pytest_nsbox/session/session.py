@@ -237,7 +237,8 @@ class Session:
         full = (spec or self.spec).replace(**keywords)
         rootfs = self.resolve_rootfs(full.rootfs)
         brought = None if body is None else self.python_on(rootfs, body)
-        return self._create(full, name, rootfs, passthrough, visible, brought)
+        entered = body is not None
+        return self._create(full, name, rootfs, passthrough, visible, brought, entered=entered)
 
     def _create(
         self,
@@ -248,6 +249,7 @@ class Session:
         visible: Sequence[str],
         brought: Brought | None,
         *,
+        entered: bool = False,
         trial: bool = False,
     ) -> Container:
         name = self._name(name)
@@ -255,7 +257,7 @@ class Session:
         used = [*self._used]
         try:
             order = make_order(spec, name, rootfs, passthrough, visible, brought, trial=trial)
-            reply, fds = self.request("create", order=order.to_wire(), used=used)
+            reply, fds = self.request("create", order=order.to_wire(), used=used, enter=entered)
             self._used.difference_update(used)
         except BaseException:
             self._names.discard(name)
