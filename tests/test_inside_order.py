@@ -203,6 +203,23 @@ TEARDOWNS = """
 """
 
 
+def test_who_repeats_a_test_reports_on_its_set_up_itself(run_pytest: Run) -> None:
+    result = both(
+        run_pytest,
+        """
+        import pytest
+
+        @pytest.fixture
+        def broken():
+            raise OSError("of the fixture")
+
+        def test_it(broken): pass
+        """,
+        *("-p", "pytest_rerunfailures", "--reruns=2", "-rA"),
+    )
+    assert result.parseoutcomes() == {"errors": 1, "rerun": 2}
+
+
 def test_a_class_scope_is_the_functions_where_there_is_no_class(run_pytest: Run) -> None:
     both(
         run_pytest,

@@ -70,8 +70,9 @@ class Body:
         self._finalizers: list[Callable[[], object]] = []  # those left while the test is torn down
         self._unsaid: list[tuple[str, Any]] = []  # what can wait for the next word
 
-    def run(self, talk: Talk, env: Mapping[str, str], probe: bool) -> None:
-        """In the child: until the test has been torn down, or ends the run.
+    def run(self, talk: Talk, env: Mapping[str, str], log: bool, probe: bool) -> None:
+        """In the child: until the test has been torn down, or ends the run. `log` is whether its
+        set-up is to be.
 
         As a `probe` it does not get further than to where wider fixtures are set up.
         """
@@ -80,11 +81,11 @@ class Body:
         # the fork goes on from a deeper place, and is to recurse as far as without us
         sys.setrecursionlimit(sys.getrecursionlimit() + depth() + 1 - self.depth)
         # pytest records into a list of the parent's; its filters stay in force
-        with warnings.catch_warnings(record=True) if recording else nullcontext() as log:
-            self.pack.warnings = log
+        with warnings.catch_warnings(record=True) if recording else nullcontext() as recorded:
+            self.pack.warnings = recorded
             self.deadline.start(self.faults)
             try:
-                phase: Phase | None = Phase("setup", True, False)
+                phase: Phase | None = Phase("setup", log)
                 while phase is not None:
                     keywords = {}
                     if phase.when == "teardown":

@@ -111,7 +111,9 @@ class _Visit:
 
     def _set_up(self, log: bool) -> pytest.TestReport:
         if _hooks_come_first(self.item) and not wider.are_set_up(self.item):
-            entered = CallInfo.from_call(lambda: self._enter(probe=True), "setup", self._reraise)
+            entered = CallInfo.from_call(
+                lambda: self._enter(log, probe=True), "setup", self._reraise
+            )
             if entered.excinfo is not None:
                 self.leave()
                 return self._own_report(entered, log)
@@ -122,7 +124,7 @@ class _Visit:
         self._failed_outside = outside.excinfo is not None
         entered = outside
         if not self._failed_outside:
-            entered = CallInfo.from_call(self._enter, "setup", self._reraise)
+            entered = CallInfo.from_call(lambda: self._enter(log), "setup", self._reraise)
         if entered.excinfo is not None:
             self.leave()
             return self._own_report(entered, log)
@@ -330,7 +332,7 @@ class _Visit:
         others = [plugin for plugin in manager.get_plugins() if plugin not in own]
         return manager.subset_hook_caller(hook, others)
 
-    def _enter(self, probe: bool = False) -> None:
+    def _enter(self, log: bool, *, probe: bool = False) -> None:
         """Make the container, and fork the body into it."""
         item = self.item
         spec = spec_of(item, _spec_defaults(item))
@@ -369,7 +371,7 @@ class _Visit:
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
         self._inside = Inside(
-            container, lambda talk: body.run(talk, env, probe), container.working_directory()
+            container, lambda talk: body.run(talk, env, log, probe), container.working_directory()
         )
 
     def _hear(self) -> bytes | None:
