@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import os
 import pickle
 import signal
@@ -124,7 +125,9 @@ class _Visit:
         self._failed_outside = outside.excinfo is not None
         entered = outside
         if not self._failed_outside:
-            entered = CallInfo.from_call(lambda: self._enter(log), "setup", self._reraise)
+            entered = CallInfo.from_call(
+                functools.partial(self._enter, log), "setup", self._reraise
+            )
         if entered.excinfo is not None:
             self.leave()
             return self._own_report(entered, log)
