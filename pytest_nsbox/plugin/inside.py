@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import pytest
-from _pytest import runner, skipping
+from _pytest import runner
 from _pytest.logging import caplog_records_key
 from _pytest.runner import CallInfo, check_interactive_exception
 
@@ -27,6 +27,12 @@ from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin import luggage, measured, options, wider
 from pytest_nsbox.plugin.body import Body, depth, reporting
 from pytest_nsbox.plugin.boxes import boxes_of
+from pytest_nsbox.plugin.circumstances import (
+    hooks_come_first,
+    is_not_run,
+    nobody_minds,
+    spec_defaults,
+)
 from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.images import of_the_suite
 from pytest_nsbox.plugin.passthrough import passthrough
@@ -39,8 +45,6 @@ from pytest_nsbox.session.inside import PATIENCE, Inside, environment
 # the plugins whose part in setting up and tearing down is done outside, too; the last is of
 # pytest-cov, and says for which test lines are run
 _PYTESTS_OWN = ("runner", "capturemanager", "logging-plugin", "_cov_contexts")
-# whose part in reporting does not depend on what a body does meanwhile
-_PYTESTS = ("_pytest.", "xdist.", "pytest_nsbox.")
 # seconds for an interrupted body to tear down its fixtures; a standstill of both takes one of them
 _FAREWELL = 5
 
@@ -95,7 +99,7 @@ class _Visit:
         """In place of `_pytest.runner.call_and_report`."""
         self.happened = True
         if item is self.item and when == "setup":
-            self._plain = _is_not_run(item)
+            self._plain = is_not_run(item)
             self._depth = depth()
         if item is not self.item or self._plain:
             report: pytest.TestReport = self.original(item, when, log, **keywords)
@@ -111,7 +115,7 @@ class _Visit:
     # ------------------------------------------------------------------ phases
 
     def _set_up(self, log: bool) -> pytest.TestReport:
-        if _hooks_come_first(self.item) and not wider.are_set_up(self.item):
+        if hooks_come_first(self.item) and not wider.are_set_up(self.item):
             entered = CallInfo.from_call(
                 lambda: self._enter(log, probe=True), "setup", self._reraise
             )
@@ -338,7 +342,7 @@ class _Visit:
     def _enter(self, log: bool, *, probe: bool = False) -> None:
         """Make the container, and fork the body into it."""
         item = self.item
-        spec = spec_of(item, _spec_defaults(item))
+        spec = spec_of(item, spec_defaults(item))
         boxes = boxes_of(item.config)
         if spec.user is not None:
             raise UnsupportedError(
@@ -368,7 +372,7 @@ class _Visit:
             self._faults,
             self._deadline,
             self._depth,
-            _nobody_minds(item),
+            nobody_minds(item),
         )
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
@@ -466,69 +470,6 @@ def _merge_sections(report: pytest.TestReport, item: Any) -> None:
 
 class _Reached(Exception):
     """The body has come to where wider fixtures are set up."""
-
-
-def _is_not_run(item: pytest.Item) -> bool:
-    """Whether its marks say so, or cannot be understood."""
-    try:
-        if skipping.evaluate_skip_marks(item) is not None:
-            return True
-        expected = None if item.config.option.runxfail else skipping.evaluate_xfail_marks(item)
-    except pytest.fail.Exception:
-        return True
-    return expected is not None and not expected.run
-
-
-def _hooks_come_first(item: pytest.Item) -> bool:
-    """Whether a plugin, such as a conftest, has its say before any fixture is set up."""
-    for implementation in item.ihook.pytest_runtest_setup.get_hookimpls():
-        module = getattr(implementation.function, "__module__", None) or ""
-        if not module.startswith(("_pytest.", "pytest_nsbox.")):
-            return True
-    return False
-
-
-def _nobody_minds(item: pytest.Item) -> bool:
-    """Whether a body may go on while the phase that has passed is still reported on here: in
-    pytest's own order of phases, with nobody but pytest to hear of the report, and nothing that
-    both write to the terminal."""
-    option = item.config.option
-    if option.capture != "fd" or option.usepdb or option.trace or option.setupshow:
-        return False
-    if option.setuponly or option.setupplan:
-        return False
-    plugin: Any = item.config.pluginmanager.getplugin("logging-plugin")
-    if plugin is None or plugin._log_cli_enabled():
-        return False
-    driven = [
-        implementation
-        for implementation in item.ihook.pytest_runtest_protocol.get_hookimpls()
-        if not (implementation.wrapper or implementation.hookwrapper)
-    ]
-    return all(
-        (getattr(implementation.function, "__module__", None) or "").startswith(_PYTESTS)
-        for implementation in (*driven, *item.ihook.pytest_runtest_logreport.get_hookimpls())
-    )
-
-
-def _spec_defaults(item: Any) -> Any:
-    """What an overridden nsbox_spec fixture says; it is asked outside, before the container."""
-    definitions = item.session._fixturemanager.getfixturedefs("nsbox_spec", item)
-    if not definitions:
-        return None
-    fixture = definitions[-1]
-    if fixture.argnames:
-        raise pytest.UsageError(
-            f"{item.nodeid} runs inside, so its nsbox_spec fixture is asked before other fixtures "
-            f"exist and cannot take {', '.join(fixture.argnames)}"
-        )
-    function = fixture.func
-    if getattr(item, "instance", None) is not None and hasattr(
-        type(item.instance), function.__name__
-    ):
-        function = getattr(item.instance, function.__name__)
-        function = getattr(function, "_get_wrapped_function", lambda: function)()
-    return function()
 
 
 def _raise_at(error: BaseException, place: tuple[str, int] | None) -> NoReturn:
