@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 from pytest_nsbox import ContainerDied, Session, TeardownError, wire
+from pytest_nsbox.init import setup
 from pytest_nsbox.kernel import cgroup
-from pytest_nsbox.launcher import ledger
+from pytest_nsbox.launcher import ledger, zygote
 from tests.audit import Snapshot
 
 
@@ -156,6 +158,38 @@ def test_a_container_that_nobody_waits_for_any_more_is_taken_down(
         theirs.close()
         with session.container() as next_one:
             assert next_one.ip == ip
+
+
+def test_who_makes_a_user_namespace_does_not_outlive_the_zygote(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would hold the zygote's end of a line that the launcher waits at."""
+    kind = setup.Kind(
+        network=False, uptime=None, own_userns=True, in_userns=True, capabilities=None
+    )
+    told, tell = os.pipe()
+
+    def be_killed(pid: int, asked: object) -> None:
+        os.write(tell, b"%d" % pid)
+        signal.raise_signal(signal.SIGKILL)
+
+    monkeypatch.setattr(zygote, "_map_ids", be_killed)
+    pid = os.fork()
+    if pid == 0:
+        zygote._fork_by_one_between(kind, tell)
+    between = int(os.read(told, 20))
+    os.close(told)
+    os.close(tell)
+    os.waitpid(pid, 0)
+    try:
+        pidfd = os.pidfd_open(between)
+    except ProcessLookupError:
+        return
+    ended = wire.is_ready(pidfd, 5)
+    if not ended:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.close(pidfd)
+    assert ended
 
 
 def test_layers_are_removed_without_a_janitor(nothing_left: Snapshot) -> None:

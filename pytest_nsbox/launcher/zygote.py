@@ -285,6 +285,7 @@ def _fork_by_one_between(kind: Kind, line: int) -> int:
     with ours, theirs:
         between = os.fork()
         if between == 0:
+            ours.close()  # or it would wait for a zygote that has been killed
             _between(kind, line, theirs)
         theirs.close()
         try:
