@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -313,89 +312,6 @@ def test_errors_of_the_bodys_teardown_alone_are_as_ever(run_pytest: Run) -> None
     inside.assert_outcomes(passed=1, errors=1)
     assert "errors while tearing down <Function test_it> (2 sub-" in "\n".join(group(inside))
     assert group(inside) == group(outside)
-
-
-def test_a_body_goes_on_while_it_is_reported_that_a_phase_has_passed(
-    pytester: pytest.Pytester, run_pytest: Run
-) -> None:
-    words = pytester.mkdir("words")
-    for name in ("called", "torn-down"):
-        os.mkfifo(words / name)
-    result = run_pytest(
-        """
-        import pathlib
-        import pytest
-
-        @pytest.fixture
-        def words():
-            words = pathlib.Path("words").absolute()
-            yield words
-            (words / "torn-down").write_text("yes")
-
-        def test_it(words):
-            (words / "called").write_text("yes")
-        """,
-        "--nsbox-all",
-        "-onsbox_passthrough=words",
-        conftest="""
-        import os
-        from pytest_nsbox import wire
-
-        def pytest_report_teststatus(report):
-            name = {"setup": "called", "call": "torn-down"}.get(report.when)
-            if name is not None:
-                fd = os.open(f"words/{name}", os.O_RDONLY | os.O_NONBLOCK)
-                assert wire.is_ready(fd, 10), f"not {name} while {report.when} is reported on"
-                os.close(fd)
-        """,
-    )
-    assert result.parseoutcomes() == {"passed": 1}
-
-
-def test_who_interrupts_a_report_interrupts_the_body_that_has_gone_on(
-    pytester: pytest.Pytester, run_pytest: Run
-) -> None:
-    words = pytester.mkdir("words")
-    os.mkfifo(words / "torn-down")
-    result = run_pytest(
-        """
-        import pathlib
-        import time
-        import pytest
-
-        @pytest.fixture
-        def first():
-            yield pathlib.Path("words").absolute()
-            pathlib.Path("words/end").write_text("yes")
-
-        def test_one(): pass
-
-        def test_it(first, last): pass
-
-        @pytest.fixture
-        def last(first):
-            yield
-            (first / "torn-down").write_text("yes")
-            time.sleep(1000)
-        """,
-        "--nsbox-all",
-        "-onsbox_passthrough=words",
-        conftest="""
-        import os
-        import signal
-        from pytest_nsbox import wire
-
-        def pytest_report_teststatus(report):
-            if report.when == "call" and "test_it" in report.nodeid[-7:]:
-                fd = os.open("words/torn-down", os.O_RDONLY | os.O_NONBLOCK)
-                assert wire.is_ready(fd, 10), "the body has not gone on"
-                os.close(fd)
-                signal.raise_signal(signal.SIGINT)
-        """,
-    )
-    assert result.ret == pytest.ExitCode.INTERRUPTED
-    result.stdout.fnmatch_lines(["*test_it.py:*: KeyboardInterrupt", "*1 passed in *"])
-    assert (words / "end").exists()
 
 
 def test_who_hears_of_reports_hears_of_a_phase_before_the_next_begins(

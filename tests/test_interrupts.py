@@ -153,7 +153,7 @@ def test_ctrl_c_in_a_finalizer_leaves_the_others_to_run(
     status, output = run.end()
     assert status == pytest.ExitCode.INTERRUPTED, output
     for name in ("late", "notes"):
-        assert (pytester.path / f"tmp/{name}0/torn-down").exists()
+        assert (pytester.path / f"tmp/{name}0/torn-down").exists(), output
 
 
 @pytest.mark.parametrize("step", ["nsbox_session.container()", "container.close()"])

@@ -32,14 +32,6 @@ class Phase(NamedTuple):
     log: bool
     last: bool = False  # of the run's last test
 
-    @classmethod
-    def after(cls, when: str, nextitem: pytest.Item | None) -> Phase | None:
-        """As pytest's `runtestprotocol` goes on when a phase has passed; where the body's teardown
-        is logged is the parent's to say."""
-        if when == "teardown":
-            return None
-        return cls("call", True) if when == "setup" else cls("teardown", False, nextitem is None)
-
 
 class Body:
     """Made before the fork, run after it."""
@@ -52,7 +44,6 @@ class Body:
         faults: int,
         deadline: Deadline,
         depth: int,
-        unasked: bool,
     ) -> None:
         self.item: Any = item
         self.nextitem = nextitem
@@ -60,7 +51,6 @@ class Body:
         self.faults = faults
         self.deadline = deadline
         self.depth = depth  # of the stack where a phase is done without us
-        self.unasked = unasked  # whether a phase that has passed is followed by the next at once
         if fault_handler_stderr_fd_key in item.config.stash:
             item.config.getini("faulthandler_timeout")  # pytest keeps it, or each fork would read
         self._failure: BaseException | None = None
@@ -115,18 +105,11 @@ class Body:
             brought["suspended"] = self._suspended
             if self._failure is not None:
                 brought["raised"] = Raised.of(self._failure)
-        following = None
-        session = self.item.session  # who is to stop has the last test torn down as such
-        if self.unasked and report.passed and not (session.shouldstop or session.shouldfail):
-            following = Phase.after(when, self.nextitem)
         late = None
         if report is self._logged:  # what was noted on it since, such as that pdb has shown it
             late = {name: vars(report)[name] for name in vars(report).keys() - self._told}
             late = luggage.trimmed(late)
-        value = (portable(report) if late is None else None, late, brought, following is not None)
-        if following is not None:
-            self._tell("done", value)
-            return following
+        value = (portable(report) if late is None else None, late, brought)
         answer = self._say("done", value)
         return Phase(*pickle.loads(answer)) if answer else None
 
@@ -142,16 +125,12 @@ class Body:
 
     def _say(self, kind: str, value: Any) -> bytes:
         """Tell the parent and wait for its answer; that time does not count as the test's."""
+        _flush_terminal(self.item.config)
         self.deadline.pause()
-        answer = self._tell(kind, value, told=False)
+        answer = self._talk(pickle.dumps([*self._unsaid, (kind, value)]))
+        self._unsaid.clear()
         self.deadline.resume()
         return answer
-
-    def _tell(self, kind: str, value: Any, *, told: bool = True) -> bytes:
-        """Tell the parent, and go on."""
-        _flush_terminal(self.item.config)
-        unsaid, self._unsaid = self._unsaid, []
-        return self._talk(pickle.dumps([*unsaid, (kind, value)]), told=told)
 
     # ------------------------------------------------------------------ this process's own pytest
 

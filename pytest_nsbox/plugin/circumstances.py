@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 from _pytest import skipping
 
-# whose part in reporting does not depend on what a body does meanwhile
-_PYTESTS = ("_pytest.", "xdist.", "pytest_nsbox.")
-
 
 def is_not_run(item: pytest.Item) -> bool:
     """Whether its marks say so, or cannot be understood."""
@@ -29,29 +26,6 @@ def hooks_come_first(item: pytest.Item) -> bool:
         if not module.startswith(("_pytest.", "pytest_nsbox.")):
             return True
     return False
-
-
-def nobody_minds(item: pytest.Item) -> bool:
-    """Whether a body may go on while the phase that has passed is still reported on here: in
-    pytest's own order of phases, with nobody but pytest to hear of the report, and nothing that
-    both write to the terminal."""
-    option = item.config.option
-    if option.capture != "fd" or option.usepdb or option.trace or option.setupshow:
-        return False
-    if option.setuponly or option.setupplan:
-        return False
-    plugin: Any = item.config.pluginmanager.getplugin("logging-plugin")
-    if plugin is None or plugin._log_cli_enabled():
-        return False
-    driven = [
-        implementation
-        for implementation in item.ihook.pytest_runtest_protocol.get_hookimpls()
-        if not (implementation.wrapper or implementation.hookwrapper)
-    ]
-    return all(
-        (getattr(implementation.function, "__module__", None) or "").startswith(_PYTESTS)
-        for implementation in (*driven, *item.ihook.pytest_runtest_logreport.get_hookimpls())
-    )
 
 
 def spec_defaults(item: Any) -> Any:

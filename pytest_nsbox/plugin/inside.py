@@ -30,7 +30,6 @@ from pytest_nsbox.plugin.boxes import boxes_of
 from pytest_nsbox.plugin.circumstances import (
     hooks_come_first,
     is_not_run,
-    nobody_minds,
     spec_defaults,
 )
 from pytest_nsbox.plugin.deadline import Deadline
@@ -60,6 +59,9 @@ def taken_over(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None
     runner.call_and_report = visit.call_and_report
     try:
         yield
+    except KeyboardInterrupt:
+        visit.end_as_interrupted()
+        raise
     finally:
         runner.call_and_report = visit.original
         visit.leave()
@@ -81,7 +83,7 @@ class _Visit:
         self._plain = False  # skipped by a mark: there is no body to be inside
         self._failed_outside = False  # the same, as wider fixtures could not be set up
         self._inside: Inside | None = None
-        self._goes_on = False  # the body has begun its next phase
+        self._parted = False  # it has been interrupted, and asked for its last word
         self._container: Container | None = None
         self._faults = -1  # where the body's faulthandler writes
         self._began = time.monotonic()
@@ -165,24 +167,10 @@ class _Visit:
         self, when: str, log: bool, adjust: Callable[[pytest.TestReport], None] | None = None
     ) -> pytest.TestReport:
         """Have the body go through a phase; the report that it makes, logged if asked for."""
-        try:
-            return self._go_through(when, log, adjust)
-        except KeyboardInterrupt:
-            if self._inside is None or not self._goes_on:
-                raise
-            # it has come here, as the last phase was reported on; the body is to end as ever
-            data = self._farewell()
-            if data is None:
-                raise
-            self._end_the_run(*pickle.loads(data)[-1][1])
-
-    def _go_through(
-        self, when: str, log: bool, adjust: Callable[[pytest.TestReport], None] | None
-    ) -> pytest.TestReport:
         started = time.time()
         clock = time.perf_counter()
         assert self._inside is not None
-        if when != "setup" and not self._goes_on:
+        if when != "setup":
             last = when == "teardown" and self.nextitem is None
             self._inside.reply(pickle.dumps((when, log, last)))
         logged: list[pytest.TestReport] = []
@@ -194,7 +182,6 @@ class _Visit:
                     self.item.ihook.pytest_runtest_logreport(report=report)
                 return report
             *before, (kind, value) = pickle.loads(data)  # the child is the test itself
-            self._goes_on = kind == "done" and value[-1]
             for _, row in before:
                 logged.append(self._log(row, adjust))
             if kind == "log":
@@ -202,7 +189,7 @@ class _Visit:
                 session = self.item.session
                 self._inside.reply(pickle.dumps((session.shouldstop, session.shouldfail)))
             elif kind == "done":
-                report, late, brought, _ = value
+                report, late, brought = value
                 luggage.unpack(self.item, brought)
                 self._raised = brought.get("raised")
                 self._suspended = brought.get("suspended", False)
@@ -217,6 +204,18 @@ class _Visit:
                 raise _Reached
             else:
                 self._end_the_run(*value)
+
+    def end_as_interrupted(self) -> None:
+        """Have the body tear its fixtures down where this process did not listen to it just then:
+        it may be in its next phase already, or wait to be told of it."""
+        if self._inside is None or self._parted:
+            return
+        data = self._farewell()
+        if data is not None:
+            *before, (_, value) = pickle.loads(data)
+            for _, row in before:
+                self._log(row, None)
+            self._end_the_run(*value)
 
     def _end_the_run(
         self, brought: dict[str, Any], error: BaseException, place: tuple[str, int] | None
@@ -372,7 +371,6 @@ class _Visit:
             self._faults,
             self._deadline,
             self._depth,
-            nobody_minds(item),
         )
         env = environment(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
@@ -387,7 +385,6 @@ class _Visit:
         try:
             return self._inside.receive()
         except KeyboardInterrupt:
-            self._goes_on = False  # `_phase` need not ask once more
             data = self._farewell()
             if data is None:
                 raise
@@ -396,24 +393,21 @@ class _Visit:
     def _farewell(self) -> bytes | None:
         """What an interrupted body has to say; None when it does not come to it."""
         assert self._inside is not None
+        self._parted = True
         # from a terminal the body has been interrupted as well, and knows where
         for second in range(1 + _FAREWELL):
             if second == 1:
                 self._inside.signal(signal.SIGINT)
             with contextlib.suppress(TimeoutError):
-                while (data := self._inside.receive(1.0)) is not None:
-                    *before, (kind, value) = pickle.loads(data)
-                    if kind == "raised":
-                        return data
-                    if kind != "done" or not value[-1]:
-                        break  # it waits for an answer
-                    for _, row in before:  # of the phases before that one
-                        self._log(row, None)
+                data = self._inside.receive(1.0)
+                if data is not None and pickle.loads(data)[-1][0] == "raised":
+                    return data
         return None
 
     def leave(self) -> None:
         """End the body, if there is one, and take its container down."""
         inside, self._inside = self._inside, None
+        self._parted = False
         if inside is not None:
             inside.signal(signal.SIGKILL)  # who closes its container waits for its end
         deadline, self._deadline = self._deadline, None

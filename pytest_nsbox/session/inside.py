@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
@@ -30,11 +30,9 @@ _UNTIL_DEAD = 5.0  # seconds that a killed process has to end in
 PATIENCE = 0.2  # seconds by which a killed container's process may seem to die before it
 
 
-class Talk(Protocol):
-    """Sends a message out and returns the answer: while one of the two is at work the other waits,
-    so what both write to a terminal stays in order. What is only `told` has no answer."""
-
-    def __call__(self, data: bytes, *, told: bool = False) -> bytes: ...
+Talk = Callable[[bytes], bytes]
+"""Sends a message out and returns the answer: while one of the two is at work the other waits, so
+what both write to a terminal stays in order."""
 
 
 class Inside:
@@ -86,7 +84,7 @@ class Inside:
         container.bodies.append(self)
 
     def receive(self, timeout: float | None = None) -> bytes | None:
-        """The child's next message; None at its end. It waits for `reply`, if it wants one.
+        """The child's next message; None at its end. It waits for `reply`.
 
         Raises TimeoutError when that takes longer than `timeout` seconds.
         """
@@ -179,10 +177,8 @@ def _logs_at_rest() -> Iterator[None]:
         yield
 
 
-def _talk(sock: socket.socket, data: bytes, *, told: bool = False) -> bytes:
+def _talk(sock: socket.socket, data: bytes) -> bytes:
     sock.sendall(_LENGTH.pack(len(data)) + data)
-    if told:
-        return b""
     header = sock.recv(_LENGTH.size, socket.MSG_WAITALL)
     if len(header) < _LENGTH.size:
         os._exit(1)  # nobody is left to hear the rest
