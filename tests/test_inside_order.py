@@ -314,6 +314,41 @@ def test_errors_of_the_bodys_teardown_alone_are_as_ever(run_pytest: Run) -> None
     assert group(inside) == group(outside)
 
 
+def test_an_interrupt_between_two_phases_tears_the_fixtures_down(
+    pytester: pytest.Pytester, run_pytest: Run
+) -> None:
+    """The body waits then to be told of the next."""
+    result = both(
+        run_pytest,
+        """
+        import pathlib
+        import pytest
+
+        @pytest.fixture
+        def words():
+            words = pathlib.Path("words").absolute()
+            yield words
+            (words / f"torn-down{len(list(words.iterdir()))}").touch()
+
+        def test_it(words): pass
+        """,
+        "-onsbox_passthrough=words",
+        conftest="""
+        import os
+        import signal
+
+        def pytest_configure():
+            os.makedirs("words", exist_ok=True)
+
+        def pytest_runtest_logreport(report):
+            if report.when == "call":
+                signal.raise_signal(signal.SIGINT)
+        """,
+    )
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert len(list((pytester.path / "words").iterdir())) == 2
+
+
 def test_who_hears_of_reports_hears_of_a_phase_before_the_next_begins(
     pytester: pytest.Pytester, run_pytest: Run
 ) -> None:

@@ -20,6 +20,7 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from pytest_nsbox.plugin import luggage
 from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
+from pytest_nsbox.session import inside
 from pytest_nsbox.session.inside import Talk
 
 _NAME = "nsbox-body"
@@ -127,8 +128,8 @@ class Body:
         """Tell the parent and wait for its answer; that time does not count as the test's."""
         _flush_terminal(self.item.config)
         self.deadline.pause()
-        answer = self._talk(pickle.dumps([*self._unsaid, (kind, value)]))
-        self._unsaid.clear()
+        unsaid, self._unsaid = self._unsaid, []
+        answer = self._talk(pickle.dumps([*unsaid, (kind, value)]))
         self.deadline.resume()
         return answer
 
@@ -275,12 +276,13 @@ def portable(report: Any) -> Any:
 
 
 def _place(error: BaseException) -> tuple[str, int] | None:
-    """Where the test was, for the last line of an interrupted run."""
+    """Where the test was, for the last line of an interrupted run; None where it was not at work,
+    but waited to be told of its next phase."""
     from _pytest._code import ExceptionInfo
 
     with suppress(Exception):
         entry = ExceptionInfo.from_exception(error)._getreprcrash()
-        if entry is not None:
+        if entry is not None and str(entry.path) != inside.__file__:
             return str(entry.path), entry.lineno
     return None
 

@@ -212,10 +212,12 @@ class _Visit:
             return
         data = self._farewell()
         if data is not None:
-            *before, (_, value) = pickle.loads(data)
+            *before, (_, (brought, error, place)) = pickle.loads(data)
             for _, row in before:
                 self._log(row, None)
-            self._end_the_run(*value)
+            if place is not None:
+                self._end_the_run(brought, error, place)
+            luggage.unpack(self.item, brought)
 
     def _end_the_run(
         self, brought: dict[str, Any], error: BaseException, place: tuple[str, int] | None
@@ -400,8 +402,13 @@ class _Visit:
                 self._inside.signal(signal.SIGINT)
             with contextlib.suppress(TimeoutError):
                 data = self._inside.receive(1.0)
-                if data is not None and pickle.loads(data)[-1][0] == "raised":
+                if data is None:
+                    return None
+                *before, (kind, _) = pickle.loads(data)
+                if kind == "raised":
                     return data
+                for _, row in before:
+                    self._log(row, None)
         return None
 
     def leave(self) -> None:
