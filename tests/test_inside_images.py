@@ -214,7 +214,7 @@ def test_links_of_the_image_lead_to_what_is_brought(run_pytest: Run, images: Ima
         import os, subprocess, sys
 
         def test_it():
-            assert os.path.realpath({PYTHON!r}).startswith("/var/elsewhere/")
+            assert os.path.realpath({PYTHON!r} + "/bin").startswith("/var/elsewhere/")
             import sqlite3
             subprocess.run([sys.executable, "-c", "import sqlite3"], check=True)
         """,
