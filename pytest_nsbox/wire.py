@@ -37,7 +37,8 @@ _IN_MEMFD = b"*"
 _NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
 _CUT = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
 _RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
-_ROOM = socket.CMSG_LEN(_MOST_FDS * struct.calcsize("i"))
+_INT = struct.calcsize("i")
+_ROOM = socket.CMSG_LEN(_MOST_FDS * _INT)
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -111,7 +112,7 @@ def receive_bytes(sock: Socket, *, flags: int = 0) -> tuple[bytes, list[int]] | 
     fds: list[int] = []
     for level, kind, data in beside:
         if (level, kind) == _RIGHTS:
-            fds += struct.unpack_from(f"{len(data) // 4}i", data)
+            fds += struct.unpack_from(f"{len(data) // _INT}i", data)
     if not payload:
         return None
     try:

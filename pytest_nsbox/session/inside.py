@@ -71,11 +71,10 @@ class Inside:
         try:
             with theirs, _logs_at_rest():
                 self.pid = fork_into(ticket, child, cwd)
-        except ProcessLookupError:  # it has died since the way in was opened
+        except BaseException as error:
             self._socket.close()
-            raise container.why_dead() from None
-        except BaseException:
-            self._socket.close()
+            if isinstance(error, ProcessLookupError):  # it has died since the way in was opened
+                raise container.why_dead() from None
             raise
         finally:
             ticket.close()
