@@ -34,13 +34,14 @@ def mask(names: Iterable[str]) -> int:
     return sum(1 << NUMBERS[name] for name in frozenset(names))
 
 
-def resolve(changes: Sequence[str]) -> frozenset[str]:
-    """The capabilities kept after `changes` to the default set, in their order.
+def resolve(changes: Sequence[str], *, own_network: bool = True) -> frozenset[str]:
+    """The capabilities kept after `changes` to the default set, in their order. NET_ADMIN is in
+    that for a network of the container's own: over the host's it takes being asked for.
 
     A change is "+SYS_ADMIN" (or "SYS_ADMIN"), "-NET_RAW", "+ALL" or "-ALL"; the prefix CAP_ and
     lower case are as good. Raises SpecError for a name that is no capability.
     """
-    kept = DEFAULT
+    kept = DEFAULT if own_network else DEFAULT - {"NET_ADMIN"}
     for change in changes:
         named = _named(change)
         kept = kept - named if change.startswith("-") else kept | named

@@ -286,7 +286,17 @@ class SandboxSpec:
             )
         if self.networks and self.network != "nat":
             raise SpecError(f"network={self.network!r}: networks= already says where it is")
+        if not self.own_network and (of_it := [key for key in self.sysctls if key[:4] == "net."]):
+            raise SpecError(
+                f"sysctls={dict(self.sysctls)!r}: with network='host' {of_it[0]} is the host's "
+                "own; set it in another network, such as network='none'"
+            )
         return self
+
+    @property
+    def own_network(self) -> bool:
+        """Whether the container has a network namespace of its own."""
+        return bool(self.networks) or self.network != "host"
 
     def limits(self) -> Limits:
         """The part of this spec that control groups keep."""

@@ -28,6 +28,7 @@ def make_order(
 ) -> Order:
     """The order for one container."""
     passthrough = tuple(os.path.realpath(path) for path in passthrough)
+    kept = capabilities.resolve(spec.capabilities, own_network=spec.own_network)
     return Order(
         name=name,
         hostname=spec.hostname or name,
@@ -45,7 +46,7 @@ def make_order(
         sysctls=dict(spec.sysctls),
         uptime=spec.uptime,
         userns=spec.userns,
-        capabilities=tuple(sorted(capabilities.resolve(spec.capabilities))),
+        capabilities=tuple(sorted(kept)),
         privileged=spec.privileged,
         timeout=spec.timeout,
         passthrough=passthrough,
