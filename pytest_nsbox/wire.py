@@ -166,14 +166,22 @@ def request(
 @contextlib.contextmanager
 def ask(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> Iterator[socket.socket]:
     """Send a request; gives the socket that its answers will come on."""
+    with post(sock, message, fds) as answer:
+        yield answer
+
+
+def post(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> socket.socket:
+    """The same, for who closes that socket. Raises ContainerDied when the other side is gone."""
     mine, theirs = pair()
-    with mine:
-        with theirs:
-            try:
-                send(sock, message, [theirs.fileno(), *fds])
-            except (BrokenPipeError, ConnectionResetError):
+    with theirs:
+        try:
+            send(sock, message, [theirs.fileno(), *fds])
+        except BaseException as error:
+            mine.close()
+            if isinstance(error, (BrokenPipeError, ConnectionResetError)):
                 raise errors.ContainerDied(f"cannot {message.get('op')}: {ENDED}") from None
-        yield mine
+            raise
+    return mine
 
 
 def reply_of(answer: socket.socket) -> tuple[Message, list[int]]:

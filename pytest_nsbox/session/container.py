@@ -83,8 +83,8 @@ class Container:
     def close(self, *, wait: bool = True) -> None:
         """Take it down, with everything in it. A second time does nothing.
 
-        Without `wait` it is killed, and this returns before the kernel has finished with it; what
-        then goes wrong is raised when the session is closed.
+        Without `wait` it will be killed, and this returns before that; what then goes wrong is
+        raised when the session is closed.
         """
         if self.closed or os.getpid() != self._owner:
             return
@@ -97,7 +97,10 @@ class Container:
                 else:
                     body.signal(signal.SIGKILL)
             self.session.unreaped += self.bodies
-            self._last, _ = self.session.request("destroy", id=self.id, later=not wait)
+            if wait:
+                self._last, _ = self.session.request("destroy", id=self.id, later=False)
+            else:
+                self.session.destroy_later(self)
         finally:
             self._init.close()
             os.close(self.pidfd)
@@ -169,8 +172,14 @@ class Container:
         """Whether it is alive, why not, and its statistics, as the launcher has them."""
         if not self.closed:
             self._last, _ = self.session.request("state", id=self.id)
+        elif self._last is None:
+            self.session.hear()
         assert self._last is not None
         return self._last
+
+    def note_end(self, last: wire.Message) -> None:
+        """What there is to say of it from now on, as it has been taken down."""
+        self._last = last
 
     def death(self, patience: float = 0) -> NsboxError | None:
         """Why it is dead; None while it lives.

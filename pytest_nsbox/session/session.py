@@ -80,6 +80,8 @@ class Session:
         self.unreaped: list[Inside] = []  # killed children of this process
         self._living: dict[str, Container] = {}
         self._used: set[int] = set()  # containers whose first use the launcher has not been told of
+        self._unheard: list[tuple[Container, socket.socket]] = []  # of whose end nobody has heard
+        self._late: list[NsboxError] = []  # what went wrong with that
         self._networks = 0
         self._layers: LayerCache | None = None
         self._pythons: dict[tuple[str, ...], Brought | str] = {}  # on images; a text: why not
@@ -140,10 +142,13 @@ class Session:
         finally:
             words = self._said()
             self._words.close()
+            self.hear()
         if status < 0:
             self._sweep()
         if status:
             raise TeardownError(words or f"the launcher ended with status {status}")
+        if self._late:
+            raise TeardownError(str(self._late[0])) from self._late[0]
 
     def _sweep_after_kill(self) -> None:
         """Not only the next session is to remove what a killed launcher could not."""
@@ -200,6 +205,27 @@ class Session:
             if words and operation not in ("destroy",):
                 raise ContainerDied(f"the launcher has ended:\n{words}") from None
             raise
+
+    def destroy_later(self, container: Container) -> None:
+        """Have one taken down that nobody waits for."""
+        self.start()
+        assert self._lifeline is not None
+        message = {"op": "destroy", "id": container.id, "later": True}
+        self._unheard.append((container, wire.post(self._lifeline, message)))
+
+    def hear(self) -> None:
+        """How those have ended that were left to. The launcher answers in the order that it is
+        asked in, so after any of its answers this does not wait."""
+        while self._unheard:
+            container, answer = self._unheard.pop(0)
+            last: wire.Message = {"alive": False, "reason": "", "stats": None}
+            with answer:
+                try:
+                    if os.getpid() == self._owner:  # or it would be heard here, and not there
+                        last, _ = wire.reply_of(answer)
+                except NsboxError as error:
+                    self._late.append(error)
+            container.note_end(last)
 
     def replies(self, operation: str, **fields: Any) -> Iterator[wire.Message]:
         """Ask the launcher for what comes in several messages."""
@@ -259,6 +285,7 @@ class Session:
             order = make_order(spec, name, rootfs, passthrough, visible, brought, trial=trial)
             reply, fds = self.request("create", order=order.to_wire(), used=used, enter=entered)
             self._used.difference_update(used)
+            self.hear()
         except BaseException:
             self._names.discard(name)
             raise
