@@ -146,16 +146,27 @@ def ahead_as_allowed(shared: Plan) -> None:
     from pytest_nsbox.launcher.zygote import Zygote
 
     may_fork, fork, wants, fill = Zygote.may_fork_ahead, Zygote.fork_ahead, Pool.wants, Pool.fill
+    lay = Zygote.lay_foundation
 
     def may_fork_ahead(self: Zygote) -> bool:
         return shared.ahead[0] > 0 and may_fork(self)
 
-    def fork_ahead(self: Zygote) -> None:
+    def one_init_less() -> None:
         inits, containers = shared.ahead
+        shared.ahead = inits - 1, containers
+
+    def fork_ahead(self: Zygote, *, visited: bool) -> None:
         try:
-            fork(self)
+            fork(self, visited=visited)
         finally:
-            shared.ahead = inits - 1, containers
+            if self._ahead is None or not visited:
+                one_init_less()
+
+    def lay_foundation(self: Zygote, *args: Any) -> None:
+        try:
+            lay(self, *args)
+        finally:
+            one_init_less()
 
     def wants_as_allowed(self: Pool) -> Kind | None:
         return wants(self) if shared.ahead[1] > 0 else None
@@ -168,6 +179,7 @@ def ahead_as_allowed(shared: Plan) -> None:
             shared.ahead = inits, containers - 1
 
     Zygote.may_fork_ahead, Zygote.fork_ahead = may_fork_ahead, fork_ahead  # type: ignore[method-assign]
+    Zygote.lay_foundation = lay_foundation  # type: ignore[method-assign]
     Pool.wants, Pool.fill = wants_as_allowed, fill_and_count  # type: ignore[method-assign]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 
 from pytest_nsbox import wire
 from pytest_nsbox.init import setup
@@ -18,6 +19,7 @@ from pytest_nsbox.init.serve import serve
 from pytest_nsbox.kernel import libc, sysctl
 
 _ROUNDS = 12  # code is fitted after eight
+_NO_REQUEST = struct.pack("=IHHII", 16, 1, 0, 0, 0)  # NLMSG_NOOP (netlink(7))
 _NOTHING: wire.Message = {
     "op": "exec",
     "args": [f"{os.devnull}/none"],
@@ -46,6 +48,7 @@ def _be_init(kind: setup.Kind) -> None:
     with launcher, init, session, inside, answers, answer:
         setup.isolate(kind, init)
         sysctl.write_directly(os.devnull, "0")
+        _be_connected(launcher, init)
         setup.join([os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)])
         setup.confine(kind, None)
         wire.send_bytes(init, setup.READY)
@@ -55,3 +58,13 @@ def _be_init(kind: setup.Kind) -> None:
         wire.send(launcher, _NOTHING, [answer.fileno(), *[inside.fileno()] * 3])
         launcher.shutdown(socket.SHUT_WR)
         serve(init, inside)
+
+
+def _be_connected(launcher: socket.socket, init: socket.socket) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    wire.send_bytes(launcher, setup.BATCH + _NO_REQUEST, [nowhere])
+    wire.send_bytes(launcher, setup.BATCH + _NO_REQUEST)
+    wire.send(launcher, {}, [nowhere])
+    opened: list[int] = []
+    _, fds = setup.connect(init, opened) or (b"", [])
+    wire.close_all([*opened, *fds, nowhere])

@@ -23,6 +23,7 @@ from pytest_nsbox.init.confine import Confinement, confinement
 from pytest_nsbox.init.serve import serve
 from pytest_nsbox.kernel import libc, mounts, sysctl
 from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel.netlink import open_socket
 from pytest_nsbox.kernel.processes import close_all_but
 
 NAME = "nsbox-init"
@@ -37,6 +38,7 @@ _APART = {
 _QUESTIONS = [
     f"/proc/sys/net/ipv6/conf/default/{name}" for name in ("accept_dad", "router_solicitations")
 ]
+BATCH = b"N"  # begins what is no message to init, but several to the kernel (netlink(7))
 _BUILT = wire.encode({})  # an order that leaves nothing to do
 READY = wire.encode({"op": "ready"})
 
@@ -69,9 +71,9 @@ class Kind:
 
 
 def run_init(launcher: Socket, kind: Kind, between: int | None = None) -> NoReturn:
-    """Be PID 1 until the end: isolate oneself and say so, wait for the order, be ready and say so,
-    serve. With the order come the session's socket and the cgroup.procs files to join by, and the
-    steps to the file tree, unless somebody else takes them.
+    """Be PID 1 until the end: isolate oneself and say so, connect oneself with networks, wait for
+    the order, be ready and say so, serve. With the order come the session's socket and the
+    cgroup.procs files to join by, and the steps to the file tree, unless somebody else takes them.
 
     `between` is the pidfd of a parent that is about to end, and leaves this process to the zygote.
     """
@@ -88,12 +90,14 @@ def run_init(launcher: Socket, kind: Kind, between: int | None = None) -> NoRetu
         libc.set_process_name("nsbox-ahead")
         os.setsid()
         isolate(kind, launcher)
-        received = wire.receive_bytes(launcher)
+        fds: list[int] = []
+        received = connect(launcher, fds)
         if received is not None:
             order, (session, *cgroup_procs) = received
             libc.set_process_name(NAME)
             join(cgroup_procs)
-            fds = [] if order == _BUILT else _build(order)
+            if order != _BUILT:
+                fds.append(_build(order))
             confine(kind, between)
             wire.send_bytes(launcher, READY, fds)
             wire.close_all(fds)
@@ -135,8 +139,22 @@ def _ask_nobody() -> None:
             continue
 
 
-def _build(order: bytes) -> list[int]:
-    return [mounts.build(mounts.from_wire(wire.decode(order)["steps"]))]
+def connect(launcher: Socket, opened: list[int]) -> tuple[bytes, list[int]] | None:
+    """Send the kernel what comes before the order: by the netlink socket that comes with it, or by
+    one in this network namespace. Whoever has these reads what the kernel says to it."""
+    while (received := wire.receive_bytes(launcher)) is not None:
+        payload, fds = received
+        if payload[:1] != BATCH:
+            return received
+        if not fds:
+            opened.append(open_socket().detach())
+        os.write(fds[0] if fds else opened[0], payload[1:])
+        wire.close_all(fds)
+    return None
+
+
+def _build(order: bytes) -> int:
+    return mounts.build(mounts.from_wire(wire.decode(order)["steps"]))
 
 
 def join(cgroup_procs: list[int]) -> None:

@@ -82,19 +82,6 @@ class LikeDir:
 
 
 @dataclass(frozen=True)
-class MakeFile:
-    """An empty file, to mount something on."""
-
-    path: str
-
-    def describe(self) -> str:
-        return f"make {self.path}"
-
-    def do(self) -> None:
-        os.mknod(self.path, 0o644)
-
-
-@dataclass(frozen=True)
 class OwnFile:
     """A file in /etc that every container has for itself, empty until its name is known.
 

@@ -40,6 +40,7 @@ _MANY = 4096  # messages kept: the same addresses are given out again and again
 _INT = struct.Struct("=I")
 # not one for each CPU, of which each is a directory in /sys and memory
 _ONE_QUEUE = [("IFLA_NUM_TX_QUEUES", 1), ("IFLA_NUM_RX_QUEUES", 1)]
+_INIT = 1  # the process that every PID namespace has
 LOOPBACK = 1  # the index that lo has in every network namespace
 
 
@@ -88,7 +89,7 @@ def add_veth(
     *,
     peer: str,
     peer_index: int = 0,
-    peer_netns: int,
+    peer_netns: int | None,
     peer_address: str | None = None,
     master: int | None = None,
     mtu: int = 1500,
@@ -96,12 +97,15 @@ def add_veth(
     """A veth pair: this end here and up, the peer in another network namespace.
 
     One message does all of it, so that no half-made pair is ever seen (veth(4)). `peer_netns` is
-    a descriptor of the namespace.
+    a descriptor of the namespace, of the process that sends this; None is where PID 1 of that one's
+    PID namespace is.
     """
-    values = {"index": _INT.pack(index), "name": name.encode(), "netns": _INT.pack(peer_netns)}
+    netns = _INIT if peer_netns is None else peer_netns
+    values = {"index": _INT.pack(index), "name": name.encode(), "netns": _INT.pack(netns)}
     if peer_address is not None:
         values["address"] = _hardware(peer_address)
-    message = _veth(len(name), peer, peer_index, peer_address is not None, master, mtu)
+    by = "IFLA_NET_NS_PID" if peer_netns is None else "IFLA_NET_NS_FD"
+    message = _veth(len(name), peer, peer_index, by, peer_address is not None, master, mtu)
     return Request(
         f"ip link add {name} type veth peer name {peer}",
         RTM_NEWLINK,
@@ -116,13 +120,13 @@ def _hardware(address: str) -> bytes:
 
 @functools.lru_cache(_MANY)
 def _veth(
-    length: int, peer: str, peer_index: int, addressed: bool, master: int | None, mtu: int
+    length: int, peer: str, peer_index: int, by: str, addressed: bool, master: int | None, mtu: int
 ) -> Template:
     index, netns, address, name = 0x7E57AB1E, 0x7E57F00D, "7e:57:00:ad:d4:e5", "?" * length
     marks = {"index": _INT.pack(index), "name": name.encode(), "netns": _INT.pack(netns)}
     peer_attrs: list[tuple[str, Any]] = [
         ("IFLA_IFNAME", peer),
-        ("IFLA_NET_NS_FD", netns),
+        (by, netns),
         ("IFLA_MTU", mtu),
         *_ONE_QUEUE,
     ]

@@ -15,7 +15,6 @@ from pytest_nsbox.kernel.files import (
     CopyEntry,
     LikeDir,
     MakeDir,
-    MakeFile,
     MakeSymlink,
     OwnFile,
     copy_contents,
@@ -57,20 +56,25 @@ def run(steps: Iterable[Step]) -> None:
             raise OSError(error.errno, text) from error
 
 
+def begin(steps: Iterable[Step]) -> int:
+    """Take the first steps to a file tree; returns a descriptor of the root that they lead to."""
+    umask = os.umask(UMASK)
+    try:
+        run(steps)
+    finally:
+        os.umask(umask)
+    return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def build(steps: Sequence[Step]) -> int:
     """Take the steps to a file tree, of which the last is to let go of where it was built; returns
     a descriptor of that. There is no other way to what is written there afterwards."""
-    umask = os.umask(UMASK)
+    scratch = begin(steps[:-1])
     try:
-        run(steps[:-1])
-        scratch = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            run(steps[-1:])
-        except BaseException:
-            os.close(scratch)
-            raise
-    finally:
-        os.umask(umask)
+        run(steps[-1:])
+    except BaseException:
+        os.close(scratch)
+        raise
     return scratch
 
 
@@ -276,6 +280,36 @@ class ReadOnly:
 
 
 @dataclass(frozen=True)
+class Device:
+    """A device node like that of the host at `source`, of the container's own: so are its owner,
+    mode and times. By a mount of its own it works where other devices are not to (mount(8), nodev).
+
+    Where no node can be made, as in a user namespace, the host's own shows, and is read-only:
+    reading from the device and writing to it change nothing of the node.
+    """
+
+    source: str
+    target: str
+    mode: int
+    device: int
+    uid: int
+    gid: int
+
+    def describe(self) -> str:
+        return f"make {self.target} like {self.source}"
+
+    def do(self) -> None:
+        try:
+            os.mknod(self.target, self.mode, self.device)
+        except PermissionError:
+            BindMount(self.source, self.target, read_only=True).do()
+            return
+        os.chown(self.target, self.uid, self.gid)
+        os.chmod(self.target, self.mode & 0o7777)
+        libc.mount(self.target, self.target, None, MS_BIND)
+
+
+@dataclass(frozen=True)
 class SetSysctl:
     """A namespaced kernel parameter (proc(5), /proc/sys)."""
 
@@ -362,9 +396,9 @@ _STEPS: tuple[type[Any], ...] = (
     BindMount,
     CopyEntry,
     CopyFile,
+    Device,
     LikeDir,
     MakeDir,
-    MakeFile,
     MakeSymlink,
     Mount,
     MoveMount,

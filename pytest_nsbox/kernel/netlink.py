@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import sys
+from _socket import socket as Socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ SOL_NETLINK = 270
 NETLINK_EXT_ACK = 11
 
 _HEADER = struct.Struct("=IHHII")
+# plain numbers, and not socket.socket, which looks them up in enumerations: an init opens one, too
+_AF_NETLINK, _KIND = int(socket.AF_NETLINK), int(socket.SOCK_RAW | socket.SOCK_CLOEXEC)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,25 @@ class Request:
 
     def describe(self) -> str:
         return self.what
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several, as they are sent, and by their sequence numbers those that will be answered."""
+
+    data: bytes
+    count: int
+    waiting: dict[int, Request]
+
+    @classmethod
+    def of(cls, requests: Iterable[Request], last: int = 0) -> Batch:
+        """Numbered from the one after `last` on, the last that its socket has sent."""
+        numbered = dict(enumerate(requests, last + 1))
+        return cls(
+            b"".join(_message(request, number) for number, request in numbered.items()),
+            len(numbered),
+            {number: request for number, request in numbered.items() if request.acknowledged},
+        )
 
 
 def import_only_messages() -> None:
@@ -79,16 +101,20 @@ class Template:
         return bytes(message)
 
 
+def open_socket(protocol: int = NETLINK_ROUTE) -> Socket:
+    """A netlink socket in the network namespace that the caller is in now."""
+    sock = Socket(_AF_NETLINK, _KIND, protocol)
+    sock.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+    return sock
+
+
 class Netlink:
     """A netlink socket in the network namespace that the caller is in now."""
 
     def __init__(
         self, protocol: int = NETLINK_ROUTE, *, groups: int = 0, timeout: float | None = None
     ) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
-        )
-        self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+        self._socket = open_socket(protocol)
         self._socket.bind((0, groups))
         self._socket.settimeout(timeout)
         self._sequence = 0
@@ -97,7 +123,7 @@ class Netlink:
     def adopt(cls, fd: int) -> Netlink:
         """One that another process has made, in the network namespace that it was made in."""
         netlink = cls.__new__(cls)
-        netlink._socket = socket.socket(fileno=fd)
+        netlink._socket = Socket(fileno=fd)
         netlink._sequence = 0
         return netlink
 
@@ -113,16 +139,21 @@ class Netlink:
 
     def send(self, requests: Iterable[Request]) -> None:
         """Carry out `requests` in order with one send. Raises OSError for the first refused."""
-        waiting: dict[int, Request] = {}
-        parts = []
-        for request in requests:
-            self._sequence += 1
-            parts.append(_message(request, self._sequence))
-            if request.acknowledged:
-                waiting[self._sequence] = request
-        if not parts:
-            return
-        self._socket.send(b"".join(parts))
+        batch = self.batch(requests)
+        if batch.data:
+            self._socket.send(batch.data)
+            self.confirm(batch)
+
+    def batch(self, requests: Iterable[Request]) -> Batch:
+        """Requests to be sent on this socket, by this process or another that has it."""
+        batch = Batch.of(requests, self._sequence)
+        self._sequence += batch.count
+        return batch
+
+    def confirm(self, batch: Batch) -> None:
+        """When a batch has been sent: read what the kernel has to say to it, which is all there.
+        Raises OSError for the first refused."""
+        waiting = dict(batch.waiting)
         first: OSError | None = None
         while waiting:
             for kind, sequence, body in _messages(self._socket.recv(1 << 16)):

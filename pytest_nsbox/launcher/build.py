@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
-from pytest_nsbox.init.setup import Kind
+from pytest_nsbox.init.setup import BATCH, Kind
 from pytest_nsbox.kernel import cgroup, libc, link, mounts
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.inode_flags import spread
 from pytest_nsbox.kernel.mountinfo import mount_points
 from pytest_nsbox.kernel.namespaces import Home, open_namespace
-from pytest_nsbox.kernel.netlink import Netlink, Request
+from pytest_nsbox.kernel.netlink import Batch, Netlink, Request
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
@@ -29,7 +29,7 @@ from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.tree import Ground, Planner
 from pytest_nsbox.launcher.undo import Undo
-from pytest_nsbox.launcher.zygote import InitFailed, Zygote
+from pytest_nsbox.launcher.zygote import VISITED, Init, InitFailed, Zygote, apart_by
 from pytest_nsbox.model.limits import Limits
 from pytest_nsbox.model.order import Order
 
@@ -56,33 +56,45 @@ class Workshop:
     may_pivot: bool = True  # or a filter of system calls refuses it
 
 
-def begin(id: int, order: Order, workshop: Workshop) -> Container:
+def begin(
+    id: int, order: Order, workshop: Workshop, joiners: Iterable[Joiner] | None = None
+) -> Container:
     """Fork a container, which then builds all of itself that does not depend on its name, its
-    networks and its neighbours.
+    networks and its neighbours. With `joiners` it is to be the one that is ordered, and what can be
+    done for that meanwhile is.
 
     Raises an NsboxError, and leaves nothing, when a step fails; what fails in the container
     itself is raised by `finish`.
     """
     container = Container(id, order, Undo())
     with _or_nothing(container):
-        _limit(container, workshop)
+        _promise_undo(container, workshop)
+        in_userns = order.userns or workshop.in_userns
+        # pivot_root(2) is for all processes of a namespace, what replaces it for who calls it
+        visited = workshop.may_pivot and not in_userns
+        size = _size(order)
+        foundation = workshop.planner.foundation(order, size, in_userns)
+        init = _fork(container, in_userns, foundation, workshop)
+        if joiners is not None and visited:
+            _join(container, joiners)
+            _have_connected(container)
+        container.cgroup = make_cgroup(f"c{id}", order.limits, workshop)
+        container.layer = _layer_on_disk(container, workshop)
         ground = Ground(
-            layer=_layer_on_disk(container, workshop),
-            size=_size(order),
+            layer=container.layer,
+            size=size,
             cgroups={} if container.cgroup is None else container.cgroup.hierarchies(),
-            in_userns=order.userns or workshop.in_userns,
+            in_userns=in_userns,
             cover=_cover(order, workshop),
         )
         _check_snapshot(order, ground)
-        container.undo.push("let go of its mounts", lambda: _let_go(container, workshop.janitor))
         tree = workshop.planner.plan(order, ground)
-        # pivot_root(2) is for all processes of a namespace, what replaces it for who calls it
-        visited = workshop.may_pivot and not ground.in_userns
-        _fork(container, None if visited else tree.steps, workshop)
+        steps = tree.steps if init.foundation else [*foundation, *tree.steps]
+        _order(container, None if visited else steps)
         container.places = tree.places
         container.own_paths = tree.own_files
         if visited:
-            _build(container, tree.steps, workshop.home)
+            _build(container, init, steps, workshop.home)
     return container
 
 
@@ -98,15 +110,14 @@ def finish(
 
     Raises an NsboxError, and leaves nothing of it, when a step fails.
     """
-    container.order = order
     with _or_nothing(container):
-        for join in joiners:
-            interface = join()
-            container.interfaces.append(interface)
-            container.undo.push(f"give back {interface.ip}", interface.leave)
-        _name_and_wire(container, home)
+        if not container.connected:
+            container.order = order
+            _join(container, joiners)
+            _name_and_connect(container, home)
         meanwhile()
         _, fds = _await(container, "ready")
+        _confirm(container, fds)
         for fd in fds:
             _hold(container, fd)
         _write_own_files(container)
@@ -114,21 +125,50 @@ def finish(
             interface.bridge.hub.netlink.settle(interface.port)
 
 
-def _build(container: Container, steps: Sequence[mounts.Step], home: Home) -> None:
-    """Pay a visit, and take the steps to its file tree."""
-    found = _await_apart(container)
+def _promise_undo(container: Container, workshop: Workshop) -> None:
+    """What is undone last is made after what is undone before it: init is there first, as it has
+    something to do meanwhile."""
+
+    def remove_layer() -> None:
+        if container.layer is not None:
+            file = workshop.ledger.file_of(container.layer)
+            workshop.janitor.remove(container.layer, file)
+
+    def remove_cgroup() -> None:
+        # whoever has not ended by then will not while its cgroup is waited for
+        if container.cgroup is not None:
+            container.cgroup.remove(patient=not container.alive)
+
+    container.undo.push("rmdir cgroup", remove_cgroup)
+    container.undo.push("remove its layer", remove_layer)
+    container.undo.push("let go of its mounts", lambda: _let_go(container, workshop.janitor))
+
+
+def _join(container: Container, joiners: Iterable[Joiner]) -> None:
+    for join in joiners:
+        interface = join()
+        container.interfaces.append(interface)
+        container.undo.push(f"give back {interface.ip}", interface.leave)
+
+
+def _build(container: Container, init: Init, steps: Sequence[mounts.Step], home: Home) -> None:
+    """Pay a visit, and take the steps to its file tree; name it if it is somebody already."""
+    if init.root < 0:
+        init.root = _await_apart(container)["root"]
     try:
-        with home.away(dict.fromkeys(("mnt", "ipc", "uts", "net"), container.pidfd), found["root"]):
+        with home.away(dict.fromkeys(VISITED, container.pidfd), init.root):
+            if container.connected:
+                libc.sethostname(container.order.hostname)
             scratch = mounts.build(steps)
     finally:
-        wire.close_all(found.values())
+        os.close(init.root)
+        init.root = -1
     _hold(container, scratch)
 
 
 def _await_apart(container: Container) -> dict[str, int]:
     """Until it has namespaces of its own; what it hands out of them."""
-    message, fds = _await(container, "apart")
-    return dict(zip(message["of"], fds, strict=True))
+    return apart_by(_await(container, "apart"))
 
 
 def _let_go(container: Container, janitor: Janitor) -> None:
@@ -199,14 +239,6 @@ def _check_snapshot(order: Order, ground: Ground) -> None:
         )
 
 
-def _limit(container: Container, workshop: Workshop) -> None:
-    group = make_cgroup(f"c{container.id}", container.order.limits, workshop)
-    if group is not None:
-        container.cgroup = group
-        # whoever has not ended by then will not while its cgroup is waited for
-        container.undo.push("rmdir cgroup", lambda: group.remove(patient=not container.alive))
-
-
 def make_cgroup(name: str, limits: Limits, workshop: Workshop) -> Cgroup | None:
     """None where no limit is asked for and none could be kept. Raises UnsupportedError."""
     if workshop.cgroups is None:
@@ -249,9 +281,6 @@ def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
     path = f"{workshop.layers}/{workshop.ledger.name}-{container.id}"
     workshop.ledger.record(ledger.LAYER, path)
     os.makedirs(path, mode=0o700)
-    container.undo.push(
-        f"rm -r {path}", lambda: workshop.janitor.remove(path, workshop.ledger.file_of(path))
-    )
     return path
 
 
@@ -287,16 +316,42 @@ def _inside_requests(container: Container) -> list[Request]:
     return requests
 
 
-def _fork(container: Container, steps: Sequence[mounts.Step] | None, workshop: Workshop) -> None:
-    """Have PID 1 forked, or one that was forked ahead begin; it takes `steps` itself, if any."""
+def _fork(
+    container: Container, in_userns: bool, foundation: Sequence[mounts.Step], workshop: Workshop
+) -> Init:
+    """Have PID 1 forked, or take one that was forked ahead."""
     order = container.order
     kind = Kind(
         network=order.own_network,
         uptime=order.uptime,
         own_userns=order.userns,
-        in_userns=order.userns or workshop.in_userns,
+        in_userns=in_userns,
         capabilities=None if order.privileged else order.capabilities,
     )
+    try:
+        init = workshop.zygote.fork_init(kind, foundation)
+    except InitFailed as error:
+        raise _init_failed(order, *error.args) from None
+    container.pid, container.pidfd, container.init = init.pid, init.pidfd, init.line
+    container.alive = True
+    container.undo.push("close init's socket", init.line.close)
+    container.undo.push("close pidfd", lambda: os.close(container.pidfd))
+    container.undo.push("reap init", container.reap)
+    container.undo.push("kill init", lambda: container.kill("stopped"))
+    container.undo.push("close its root", lambda: wire.close_all([init.root]))
+    init.line.settimeout(_PATIENCE / _SPELLS)
+    return init
+
+
+def _tell(container: Container, payload: bytes, fds: Iterable[int]) -> None:
+    """Send init something. Why it has ended, if it has, is said when it is listened to."""
+    assert container.init is not None
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        wire.send_bytes(container.init, payload, fds)
+
+
+def _order(container: Container, steps: Sequence[mounts.Step] | None) -> None:
+    """Have init begin; it takes `steps` itself, if any."""
     with contextlib.ExitStack() as opened:
         container.line, init_end = wire.pair()
         opened.enter_context(init_end)
@@ -307,20 +362,37 @@ def _fork(container: Container, steps: Sequence[mounts.Step] | None, workshop: W
                 fds.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
                 opened.callback(os.close, fds[-1])
         message = {} if steps is None else {"steps": mounts.to_wire(steps)}
-        try:
-            init = workshop.zygote.fork_init(kind, message, fds)
-        except InitFailed as error:
-            raise _init_failed(order, *error.args) from None
-    container.pid, container.pidfd, container.init = init.pid, init.pidfd, init.line
-    container.alive = True
-    container.undo.push("close init's socket", init.line.close)
-    container.undo.push("close pidfd", lambda: os.close(container.pidfd))
-    container.undo.push("reap init", container.reap)
-    container.undo.push("kill init", lambda: container.kill("stopped"))
-    init.line.settimeout(_PATIENCE / _SPELLS)
+        assert container.init is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # as in _tell
+            wire.send(container.init, message, fds)
 
 
-def _name_and_wire(container: Container, home: Home) -> None:
+def _have_connected(container: Container) -> None:
+    """Have init connect itself with its networks, which it can while its file tree is built."""
+    container.connected = True
+    if not container.order.own_network:
+        return
+    for number, interface in enumerate(container.interfaces):
+        netlink = interface.bridge.hub.netlink
+        batch = netlink.batch(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, None))
+        container.asked.append((netlink, batch))
+        _tell(container, BATCH + batch.data, [netlink.fileno()])
+    batch = Batch.of(_inside_requests(container))
+    container.asked.append((None, batch))
+    _tell(container, BATCH + batch.data, [])
+
+
+def _confirm(container: Container, fds: list[int]) -> None:
+    """That all that init has asked the kernel for was done; `fds` are from init."""
+    asked, container.asked = container.asked, []
+    if not asked:
+        return
+    with contextlib.closing(Netlink.adopt(fds.pop(0))) as own:
+        for netlink, batch in asked:
+            (netlink or own).confirm(batch)
+
+
+def _name_and_connect(container: Container, home: Home) -> None:
     """Give it its name and connect it with its networks."""
     with contextlib.ExitStack() as opened:
         found = {} if container.scratch >= 0 else _await_apart(container)
@@ -329,10 +401,10 @@ def _name_and_wire(container: Container, home: Home) -> None:
         opened.enter_context(home.away(namespaces))
         libc.sethostname(container.order.hostname)
         if container.order.own_network:
-            _wire(container)
+            _connect(container)
 
 
-def _wire(container: Container) -> None:
+def _connect(container: Container) -> None:
     netns = open_namespace("net")
     try:
         for number, interface in enumerate(container.interfaces):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pytest_nsbox import wire
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.namespaces import open_namespace
+from pytest_nsbox.kernel.netlink import Batch, Netlink
 from pytest_nsbox.kernel.processes import describe
 from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.undo import Undo
@@ -29,11 +30,14 @@ class Container:
     order: Order
     undo: Undo
     cgroup: Cgroup | None = None
+    layer: str | None = None  # the directory on disk that keeps what it writes
     interfaces: list[Interface] = field(default_factory=list)
     pid: int = 0
     pidfd: int = -1
     init: socket.socket | None = None  # the launcher's own line to init
     line: socket.socket | None = None  # the session's, until it is handed over
+    connected: bool = False  # with its networks, by init, which has been told to be
+    asked: list[tuple[Netlink | None, Batch]] = field(default_factory=list)  # of the kernel, so far
     alive: bool = False
     reason: str = ""  # why it died, where that is known
     last: Stats | None = None  # taken before it was killed

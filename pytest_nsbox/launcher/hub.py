@@ -128,8 +128,9 @@ class Interface:
     def ip6(self) -> str:
         return self.bridge.subnet.ip6(self.number)
 
-    def wire(self, device: str, index: int, netns: int) -> list[Request]:
-        """What joins the container's namespace to the bridge, sent in the hub."""
+    def wire(self, device: str, index: int, netns: int | None) -> list[Request]:
+        """What joins the container's namespace to the bridge, sent in the hub. `netns` is that
+        namespace, None where PID 1 itself sends it."""
         name, address = f"veth{self.port}", mac(self.ip)
         bridge = self.bridge
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import heapq
 import os
 import resource
@@ -98,6 +99,7 @@ class Launcher:
             in_userns=not userns.is_first(),
             may_pivot=mounts.may_pivot(),
         )
+        self.selector.register(zygote.watch, selectors.EVENT_READ, self._lay_foundation)
         try:
             driver = cgroup.detect(self.ledger.name)
             self.workshop.cgroups = driver
@@ -113,9 +115,9 @@ class Launcher:
         self.undo.push("close the way out", self.way_out.close)
         self.pool = Pool(int(self.options["pool"]), self._begin, self._discard)
 
-    def _begin(self, order: Order) -> Container:
+    def _begin(self, order: Order, joiners: Iterable[Joiner] | None = None) -> Container:
         self.last_id += 1
-        return begin(self.last_id, order, self.workshop)
+        return begin(self.last_id, order, self.workshop, joiners)
 
     def _remove_cover(self) -> None:
         if self.workshop.cover is not None:
@@ -153,7 +155,12 @@ class Launcher:
         if self.pool.wants() is not None:
             self.pool.fill()
         else:
-            self.workshop.zygote.fork_ahead()
+            self.workshop.zygote.fork_ahead(visited=self.workshop.may_pivot)
+
+    def _lay_foundation(self) -> None:
+        if not wire.is_ready(self.lifeline.fileno(), 0):  # who waits comes first
+            shop = self.workshop
+            shop.zygote.lay_foundation(shop.planner.latest, shop.home)
 
     def close(self) -> None:
         """Take everything down. Raises the first error, the others in its notes."""
@@ -266,7 +273,7 @@ class Launcher:
             except NsboxError as error:  # a new one is built, or fails and says why
                 if getattr(error, "__notes__", ()):  # it could not be undone
                     self.late.append(error)
-        built = self._begin(order)
+        built = self._begin(order, joiners)
         self._finish(built, order, joiners)
         return built
 
@@ -388,6 +395,8 @@ def main(
         launcher.open(standing, zygote, janitor)
     except (NsboxError, OSError) as error:
         return _refuse(launcher, error)
+    gc.collect()
+    gc.freeze()  # or each later collection would go through all modules, again and again
     try:
         launcher.run()
     finally:

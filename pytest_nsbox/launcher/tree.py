@@ -1,7 +1,8 @@
 """The plan of a container's file tree: which steps, in which order.
 
 They are taken in the container's namespaces: by the launcher, which pays them a visit, or by init
-where mounts have to be a user namespace's own.
+where mounts have to be a user namespace's own. The first of them, the foundation, are the same for
+so many containers that they can be taken before one is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_nsbox.kernel.files import CopyEntry, LikeDir, MakeDir, MakeSymlink, OwnFile
-from pytest_nsbox.kernel.libc import MS_NODEV, MS_NOSUID
+from pytest_nsbox.kernel.libc import MS_NODEV, MS_NOSUID, MS_RDONLY
 from pytest_nsbox.kernel.mountinfo import MountPoint, MountWatch
 from pytest_nsbox.kernel.mounts import (
     EMPTY,
@@ -86,6 +87,17 @@ class Planner:
         self._kind: tuple[object, ...] | None = None
         self._mounted: object = None
         self._tree = Tree([], {}, [])
+        self._of: tuple[object, ...] | None = None
+        self.latest: list[Step] = []  # foundation
+
+    def foundation(self, order: Order, size: int | None, in_userns: bool) -> list[Step]:
+        """The steps to what a file tree is built on, which is one for many; `size` as `Ground` has
+        it."""
+        of = (order.privileged, order.own_network, order.sysctls, size, in_userns)
+        if of != self._of:
+            self.latest = [*_scratch(order, size), *pseudo.all_of_it(order, in_userns)]
+            self._of = of
+        return self.latest
 
     def plan(self, order: Order, ground: Ground) -> Tree:
         mounted = _NONE if order.layers else self._mounts.now()
@@ -100,7 +112,7 @@ class Planner:
             tree = self._tree
         places = [_on_disk(place, ground.layer) for place in tree.places]
         files = {name: _beside(path, ground.layer) for name, path in tree.own_files.items()}
-        return Tree([*_scratch(order, ground), *tree.steps], files, places)
+        return Tree([*_links(ground), *tree.steps], files, places)
 
 
 def _tree(order: Order, ground: Ground, mounted: list[MountPoint]) -> Tree:
@@ -130,7 +142,6 @@ _kind = operator.attrgetter(
     "own_network",
     "mounts",
     "read_only",
-    "sysctls",
     "privileged",
     "passthrough",
     "visible",
@@ -147,9 +158,8 @@ def _steps(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step
         steps += _one_overlay(order, where, in_userns)
     if not in_userns and not order.layers:
         steps += _other_filesystems(mounted, where, order)
-    steps += pseudo.proc_and_sys(order, in_userns)
+    steps += pseudo.moved()
     steps += pseudo.cgroup([*ground.cgroups])
-    steps += pseudo.dev()
     seen = _seen(order, mounted if in_userns else _NONE)
     steps += _tmp_and_run(order, where, in_userns, seen)
     steps += _shown(order, where, in_userns, seen)
@@ -160,7 +170,6 @@ def _steps(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step
         read_only = [path for path in dict.fromkeys([NEW, *roots]) if path not in own]
         steps += [ReadOnly(path, bind=False) for path in read_only]
     steps += [_user_mount(mount) for mount in order.mounts]
-    steps += pseudo.closed(order)
     steps.append(PivotRoot(NEW))
     return steps
 
@@ -186,18 +195,23 @@ def _places(steps: Iterable[Step], order: Order) -> Iterator[Place]:
                 yield place(step.target, step.source, kind="plain")
 
 
-def _scratch(order: Order, ground: Ground) -> Iterator[Step]:
-    size = f",size={ground.size}" if ground.size else ""
-    yield Mount("nsbox", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755" + size)
-    for directory in (OLD, NEW, LAYER, EMPTY):
+def _scratch(order: Order, size: int | None) -> Iterator[Step]:
+    """Where it is built: a filesystem in memory that becomes the root until the tree is one."""
+    limit = f",size={size}" if size else ""
+    yield Mount("nsbox", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755" + limit)
+    for directory in (OLD, NEW, LAYER, EMPTY, "/proc", "/sys", "/dev"):
         yield MakeDir(SCRATCH + directory)
-    if ground.layer:
-        yield MakeSymlink(OLD + ground.layer, SCRATCH + DISK)
-    for controllers, path in ground.cgroups.items():
-        yield MakeSymlink(OLD + path, SCRATCH + CGROUP + controllers)
     yield PivotRoot(SCRATCH, SCRATCH + OLD)
     if not order.privileged:
-        yield ReadOnly(EMPTY)
+        yield from pseudo.bound(EMPTY, EMPTY, MS_RDONLY)
+
+
+def _links(ground: Ground) -> Iterator[Step]:
+    """To what is one container's alone."""
+    if ground.layer:
+        yield MakeSymlink(OLD + ground.layer, DISK)
+    for controllers, path in ground.cgroups.items():
+        yield MakeSymlink(OLD + path, CGROUP + controllers)
 
 
 def _own_directories(where: str) -> Iterator[Step]:

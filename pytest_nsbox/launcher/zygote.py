@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import signal
 import socket
 from _socket import socket as Socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.rehearsal import rehearse
 from pytest_nsbox.init.setup import Kind, run_init
-from pytest_nsbox.kernel import libc, namespaces, processes, userns
+from pytest_nsbox.kernel import libc, mounts, namespaces, processes, userns
 from pytest_nsbox.kernel.mountinfo import MountWatch
+from pytest_nsbox.kernel.namespaces import Home
 
+VISITED = ("mnt", "ipc", "uts", "net")  # the namespaces that the launcher goes to
 # a kernel may be without the second
 _LEFT_BY_CHILDREN = [kind for kind in ("pid", "time") if os.path.exists(f"/proc/self/ns/{kind}")]
 
@@ -36,10 +40,12 @@ class Init:
     pid: int
     pidfd: int
     line: socket.socket  # the launcher's to it
+    root: int = -1  # where it is visited, once that is known
+    foundation: object = None  # that has been laid for its file tree
 
     def close(self) -> None:
         self.line.close()
-        os.close(self.pidfd)
+        wire.close_all([self.pidfd, self.root])
 
 
 @dataclass
@@ -49,6 +55,7 @@ class _Ahead:
     kind: Kind
     line: socket.socket
     mounted: object  # what was on the host when it was asked for: it has a copy of that
+    init: Init | None = None  # once the zygote has been listened to
 
 
 class Zygote:
@@ -60,6 +67,7 @@ class Zygote:
         self._last: Kind | None = None
         self._ahead: _Ahead | None = None
         self._mounts = MountWatch()
+        self.watch = select.epoll()  # has something to say when the one forked ahead has
 
     @classmethod
     def start(cls) -> Zygote:
@@ -74,23 +82,17 @@ class Zygote:
         theirs.close()
         return cls(pid, ours)
 
-    def fork_init(self, kind: Kind, order: wire.Message, fds: list[int]) -> Init:
-        """A new PID 1 that is isolated, says so, and goes on with `order`. Raises SetupError, or
-        InitFailed."""
+    def fork_init(self, kind: Kind, foundation: object) -> Init:
+        """A new PID 1 that will be isolated, say so, and wait for its order; if it has been forked
+        ahead the `foundation` may have been laid. Raises SetupError, or InitFailed."""
         self._last = kind
-        init = self._take_ahead(kind)
-        if init is not None:
-            try:
-                wire.send(init.line, order, fds)
-                return init
-            except OSError:  # somebody has killed it
-                init.close()
+        if (init := self._take_ahead(kind, foundation)) is not None:
+            return init
         line, theirs = wire.pair()
         with contextlib.ExitStack() as failed:
             failed.enter_context(line)  # an error that is kept would keep it open
             try:
                 with theirs:
-                    wire.send(line, order, fds)  # it finds that there when it comes to it
                     self._ask({"kind": kind.to_wire()}, [theirs.fileno()])
                 pid, pidfd = self._told()
             except SetupError:
@@ -120,9 +122,9 @@ class Zygote:
         # one with clocks of its own would have begun to count
         return self._ahead is None and last is not None and last.uptime is None
 
-    def fork_ahead(self) -> None:
+    def fork_ahead(self, *, visited: bool) -> None:
         """Have the next init forked, and in namespaces of its own, before it is asked for. Does
-        not wait for it."""
+        not wait for it: where it can be `visited`, it can be watched for that."""
         if self._last is None:
             return
         kind, self._last = self._last, None
@@ -134,47 +136,83 @@ class Zygote:
                 self._ask({"kind": kind.to_wire()}, [theirs.fileno()])
                 failed.pop_all()
             self._ahead = _Ahead(kind, line, mounted)
+            if visited and not kind.in_userns:
+                self.watch.register(line, select.EPOLLIN)
 
-    def _take_ahead(self, kind: Kind) -> Init | None:
-        """The one forked ahead; None where it will not do."""
+    def ahead(self) -> Init | None:
+        """The one forked ahead; None where there is none, or it could not be forked: the same will
+        happen again, and be said."""
         ahead = self._ahead
-        if ahead is None:
-            return None
-        if ahead.kind != kind or ahead.mounted is not self._mounts.now():
-            self._end_ahead()
-            return None
-        self._ahead = None
-        try:
-            pid, pidfd = self._told()
-        except NsboxError:  # the same will happen again, and be said
-            ahead.line.close()
-            return None
-        return Init(pid, pidfd, ahead.line)
+        if ahead is not None and ahead.init is None:
+            try:
+                ahead.init = Init(*self._told(), ahead.line)
+            except NsboxError:
+                self._ahead = None
+                ahead.line.close()
+                return None
+        return None if ahead is None else ahead.init
 
-    def _end_ahead(self) -> None:
-        """Without an order it ends; wait until it has."""
-        if (ahead := self._ahead) is None:
+    def lay_foundation(self, steps: Sequence[mounts.Step], home: Home) -> None:
+        """Prepare the one forked ahead, which has just said that it is isolated, for its file
+        tree."""
+        init = self.ahead()
+        if init is None:
             return
+        try:
+            init.root = apart_by(wire.receive(init.line))["root"]
+            with home.away(dict.fromkeys(VISITED, init.pidfd), init.root):
+                root = mounts.begin(steps)
+            os.close(init.root)
+            init.root, init.foundation = root, steps
+        except (OSError, ValueError, LookupError):  # what is wrong is said when one is needed
+            self.end_ahead()
+
+    def _take_ahead(self, kind: Kind, foundation: object) -> Init | None:
+        """The one forked ahead; None where it will not do."""
+        ahead, init = self._ahead, self.ahead()
+        if ahead is None or init is None:
+            return None
+        same = ahead.kind == kind and init.foundation in (None, foundation)
+        if not same or ahead.mounted is not self._mounts.now() or wire.is_ready(init.pidfd, 0):
+            self.end_ahead()
+            return None
         self._ahead = None
-        with contextlib.suppress(NsboxError):
-            _, pidfd = self._told()
-            ahead.line.close()
-            wire.is_ready(pidfd, None)
-            os.close(pidfd)
-        ahead.line.close()
+        self._unwatch(init)
+        return init
+
+    def end_ahead(self) -> None:
+        """Without an order it ends; wait until it has."""
+        init, self._ahead = self.ahead(), None
+        if init is not None:
+            self._unwatch(init)
+            init.line.close()
+            wire.is_ready(init.pidfd, None)
+            init.close()
+
+    def _unwatch(self, init: Init) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.watch.unregister(init.line)
 
     def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:
         """A process that forwards to a port of the host's loopback; returns a pidfd. `fds` are
         the listening socket and the table of who in `network` may come in. Raises SetupError."""
-        self._end_ahead()  # whose answer would come first
+        self.end_ahead()  # whose answer would come first
         self._ask({"forward": port, "network": network}, fds)
         return self._told()[1]
 
     def close(self) -> None:
         """End it, and wait until it has ended."""
-        self._end_ahead()
+        self.end_ahead()
         self._socket.close()
+        self.watch.close()
         os.waitpid(self._pid, 0)
+
+
+def apart_by(received: tuple[wire.Message, list[int]] | None) -> dict[str, int]:
+    """What an init that is isolated hands out of its namespaces, by what it is. Raises
+    LookupError."""
+    message, fds = received or ({}, [])
+    return dict(zip(message["of"], fds, strict=True))
 
 
 def last_word(line: socket.socket) -> wire.Message | None:
