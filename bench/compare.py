@@ -85,8 +85,12 @@ def trace(runs: int) -> Iterator[str]:
         "`Session.container()`: `python bench/trace.py`, whose notes cost some time themselves. "
         "Several processes work at once, so times overlap."
     )
-    for pool, title in ((0, "Cold"), (lives.POOL, f"With `pool={lives.POOL}`")):
-        command = [sys.executable, str(ROOT / "bench/trace.py"), f"--runs={runs}", f"--pool={pool}"]
+    for options, title in (
+        (["--pool=0"], "Cold"),
+        ([f"--pool={lives.POOL}"], f"With `pool={lives.POOL}`"),
+        (["--inside"], "A test of 20 ms inside, in a run of such tests, from its set-up on"),
+    ):
+        command = [sys.executable, str(ROOT / "bench/trace.py"), f"--runs={runs}", *options]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         yield from ("", f"{title}:", "", done.stdout.rstrip())
 

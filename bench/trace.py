@@ -1,10 +1,11 @@
-"""Where the time of one creation goes, step by step.
+"""Where the time of one creation, or of one test inside, goes, step by step.
 
-    .venv/bin/python bench/trace.py [--runs N] [--pool N]
+    .venv/bin/python bench/trace.py [--runs N] [--pool N | --inside]
 
-The launcher is started with its steps wrapped: each notes when it began and ended, on the clock
-that all processes share and in memory that all of them share. The notes cost some time, too. LAYER
-is a container's writable layer, VENV where this Python is, MOUNT another filesystem of the host.
+The launcher, or pytest, is started with its steps wrapped: each notes when it began and ended, on
+the clock that all processes share and in memory that all of them share. The notes cost some time,
+too. LAYER is a container's writable layer, VENV where this Python is, MOUNT another filesystem of
+the host.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ class Note(NamedTuple):
 class Notes:
     """A room for each process, so that none waits for another."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, who: str = "launcher", child: str = "init") -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(fd, _ROOM * _ROOMS)
             self._memory = mmap.mmap(fd, _ROOM * _ROOMS)
         finally:
             os.close(fd)
-        self._move("launcher")
-        os.register_at_fork(after_in_child=lambda: self._move("init"))
+        self._move(who)
+        os.register_at_fork(after_in_child=lambda: self._move(child))
 
     def _move(self, who: str) -> None:
         self.who = who
@@ -62,6 +63,20 @@ class Notes:
             row = (began, time.perf_counter(), self.who.encode(), what.encode()[:56])
             _NOTE.pack_into(self._memory, place, *row)
             _COUNT.pack_into(self._memory, self._room, count + 1)
+
+    def wrap(self, owner: Any, name: str, what: str) -> None:
+        """Have a function noted, as `what` says with its arguments."""
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def noted(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return real(*args, **options)
+            finally:
+                self.add(what.format(*args), began)
+
+        setattr(owner, name, noted)
 
     def read(self) -> list[Note]:
         found = []
@@ -82,20 +97,8 @@ def _launch() -> None:
     from pytest_nsbox.launcher import tree, zygote
 
     notes = Notes(os.environ[_FILE])
+    wrap = notes.wrap
     places = _places()
-
-    def wrap(owner: Any, name: str, what: str) -> None:
-        real = getattr(owner, name)
-
-        @functools.wraps(real)
-        def noted(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return real(*args, **options)
-            finally:
-                notes.add(what.format(*args), began)
-
-        setattr(owner, name, noted)
 
     def run(steps: Iterable[mounts.Step]) -> None:
         for step in steps:
@@ -114,6 +117,8 @@ def _launch() -> None:
     wrap(setup, "isolate", "unshare")
     wrap(setup, "join", "join the cgroups")
     wrap(tree.Planner, "plan", "plan the mounts")
+    wrap(setup, "connect", "connect with networks, or wait for the order")
+    wrap(zygote.Zygote, "lay_foundation", "lay the foundation of the next")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
@@ -162,13 +167,73 @@ def _trace(runs: int, pool: int) -> list[list[Note]]:
     return traces
 
 
+def pytest_configure(config: Any) -> None:
+    """Be a plugin of a run whose tests are noted."""
+    from _pytest import runner
+
+    from pytest_nsbox.init import enter
+    from pytest_nsbox.init.confine import Confinement
+    from pytest_nsbox.kernel import libc, processes
+    from pytest_nsbox.plugin import body, inside
+    from pytest_nsbox.session.session import Session
+
+    wrap = Notes(os.environ[_FILE], "pytest", "body").wrap
+    wrap(runner, "runtestprotocol", _ONE_TEST)
+    wrap(runner, "call_and_report", "{1}")
+    wrap(inside._Visit, "_set_up_outside", "set up what is of a wider scope")
+    wrap(Session, "request", "ask the launcher: {1}")
+    wrap(enter, "_fork_directly", "fork")
+    wrap(processes, "die_with", "die with pytest (prctl)")
+    wrap(libc, "setns", "enter namespaces (setns)")
+    wrap(Confinement, "apply", "capabilities, seccomp")
+    wrap(body.Body, "_begin", "prepare the hooks of a body")
+    wrap(body.Body, "_say", "tell pytest: {1}; and wait")
+    wrap(inside._Visit, "_log", "log a report")
+    wrap(inside._Visit, "leave", "have the body and its container ended")
+
+
+_ONE_TEST = "one test, of 20 ms"
+_TESTS = """
+import time, pytest
+
+@pytest.mark.sandbox(cpus=1, memory="256M", pids=100)
+@pytest.mark.parametrize("n", range({}))
+def test_it(n):
+    time.sleep(0.02)
+"""
+
+
+def _trace_inside(runs: int) -> list[list[Note]]:
+    """The notes of each test, in order, counted from its beginning."""
+    with tempfile.TemporaryDirectory(prefix="nsbox-trace-") as directory:
+        notes = os.path.join(directory, "notes")
+        Path(directory, "test_it.py").write_text(_TESTS.format(runs))
+        path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, _FILE: notes, "PYTHONPATH": path}
+        env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+        plugins = ["-p", "pytest_nsbox.plugin", "-p", "trace", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", *plugins, directory]
+        subprocess.run(command, env=env, cwd=directory, check=True, stdout=subprocess.DEVNULL)
+        found = Notes(notes).read()
+    tests = [note for note in found if note.what == _ONE_TEST]
+    return [
+        [
+            Note(note.began - test.began, note.ended - test.began, note.who, note.what)
+            for note in found
+            if test.began <= note.began and note.ended <= test.ended
+        ]
+        for test in tests[runs // 5 :]
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Where the time of one creation goes.")
+    parser = argparse.ArgumentParser(description="Where the time of one creation, or test, goes.")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--pool", type=int, default=0, help="so many made ahead (default: none)")
+    parser.add_argument("--inside", action="store_true", help="a test inside, with its body")
     options = parser.parse_args()
     rows: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    traces = _trace(options.runs, options.pool)
+    traces = _trace_inside(options.runs) if options.inside else _trace(options.runs, options.pool)
     for trace in traces:
         seen: dict[tuple[str, str], int] = {}
         for note in trace:

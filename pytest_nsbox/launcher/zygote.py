@@ -148,6 +148,7 @@ class Zygote:
                 ahead.init = Init(*self._told(), ahead.line)
             except NsboxError:
                 self._ahead = None
+                self._unwatch(ahead.line)
                 ahead.line.close()
                 return None
         return None if ahead is None else ahead.init
@@ -177,21 +178,22 @@ class Zygote:
             self.end_ahead()
             return None
         self._ahead = None
-        self._unwatch(init)
+        self._unwatch(init.line)
         return init
 
     def end_ahead(self) -> None:
         """Without an order it ends; wait until it has."""
         init, self._ahead = self.ahead(), None
         if init is not None:
-            self._unwatch(init)
+            self._unwatch(init.line)
             init.line.close()
             wire.is_ready(init.pidfd, None)
             init.close()
 
-    def _unwatch(self, init: Init) -> None:
+    def _unwatch(self, line: socket.socket) -> None:
+        # closing it is not enough while a fork of this process has it, too (epoll(7))
         with contextlib.suppress(FileNotFoundError):
-            self.watch.unregister(init.line)
+            self.watch.unregister(line)
 
     def fork_forwarder(self, port: int, fds: list[int], network: str = "") -> int:
         """A process that forwards to a port of the host's loopback; returns a pidfd. `fds` are

@@ -39,7 +39,8 @@ from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
 from pytest_nsbox.plugin.report import add_changes, changed_by_body
 from pytest_nsbox.plugin.specs import spec_of
 from pytest_nsbox.session.container import Container
-from pytest_nsbox.session.inside import PATIENCE, Inside, environment
+from pytest_nsbox.session.inside import PATIENCE, Inside
+from pytest_nsbox.session.surroundings import added_for_a_fork, working_directory
 
 # the plugins whose part in setting up and tearing down is done outside, too; the last is of
 # pytest-cov, and says for which test lines are run
@@ -374,11 +375,11 @@ class _Visit:
             self._deadline,
             self._depth,
         )
-        env = environment(container)
+        env = added_for_a_fork(container)
         # the watchdog is a thread that the child would wait for in vain; the child starts its own
         faulthandler.cancel_dump_traceback_later()
         self._inside = Inside(
-            container, lambda talk: body.run(talk, env, log, probe), container.working_directory()
+            container, lambda talk: body.run(talk, env, log, probe), working_directory(container)
         )
 
     def _hear(self) -> bytes | None:

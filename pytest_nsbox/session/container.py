@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import select
@@ -13,20 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import (
-    CommandError,
-    ContainerDied,
-    NsboxError,
-    SpecError,
-)
+from pytest_nsbox.errors import ContainerDied, NsboxError, SpecError
 from pytest_nsbox.model.limits import Limits, Stats
 from pytest_nsbox.model.order import Order
 from pytest_nsbox.model.results import Change, Result
-from pytest_nsbox.model.rootfs import PATH, Rootfs
+from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.session import ending, files, ports, waiting
 from pytest_nsbox.session.inside import Inside, call
-from pytest_nsbox.session.process import UNTIL_KILLED, Arguments, Process
+from pytest_nsbox.session.process import Arguments, Process
+from pytest_nsbox.session.running import run_to_its_end
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.python import Brought
@@ -243,43 +238,6 @@ class Container:
 
     # ------------------------------------------------------------------ commands
 
-    def environment(self) -> dict[str, str]:
-        """The environment that commands have unless told otherwise."""
-        if self.rootfs.is_host:
-            env = dict(os.environ)
-        else:
-            env = {"PATH": PATH, "HOME": "/root", **self.rootfs.env}
-        env["HOSTNAME"] = self.hostname
-        env.update(self.spec.env)
-        return env
-
-    def working_directory(self) -> str | None:
-        if self.spec.cwd is not None:
-            return self.spec.cwd
-        if not self.rootfs.is_host and self.brought is None:
-            return self.rootfs.cwd or "/"
-        try:
-            return os.getcwd()
-        except FileNotFoundError:  # it has been removed, so it is not inside either
-            return "/"
-
-    def command(
-        self,
-        env: Mapping[str, str] | None,
-        cwd: str | os.PathLike[str] | None,
-        user: str | int | None,
-    ) -> wire.Message:
-        """Environment, directory and user of a command, as init is told them."""
-        if user is None:
-            user = self.spec.user if self.spec.user is not None else self.rootfs.user
-        return {
-            "env": dict(self.environment() if env is None else env),
-            "cwd": self.working_directory() if cwd is None else os.fspath(cwd),
-            "cwd_optional": cwd is None and self.spec.cwd is None,
-            "user": None if user is None else str(user),
-            "set_home": env is None and "HOME" not in self.spec.env,
-        }
-
     def popen(
         self,
         args: Arguments,
@@ -371,45 +329,7 @@ class Container:
             errors=errors,
             timeout=timeout,
         )
-        with process:
-            try:
-                out, err = process.communicate(input, process.left())
-            except subprocess.TimeoutExpired as expired:
-                expired.timeout = timeout or 0
-                with contextlib.suppress(TimeoutError):
-                    process.kill_tree(timeout=UNTIL_KILLED)
-                try:
-                    expired.stdout, expired.stderr = process.communicate(timeout=UNTIL_KILLED)
-                except subprocess.TimeoutExpired as again:
-                    expired.stdout, expired.stderr = again.stdout, again.stderr
-                    expired.add_note("some of what it has started could not be killed; it goes on")
-                raise
-            except BaseException:
-                with contextlib.suppress(NsboxError, OSError):
-                    process.kill_tree(timeout=UNTIL_KILLED)
-                raise
-            finally:
-                process.abandon()
-        result = Result(
-            process.args,
-            process.returncode,
-            out,
-            err,
-            oom_killed=self._out_of_memory(process),
-            usage=process.usage,
-        )
-        if check and result.returncode:
-            error = CommandError(result.returncode, process.args, out, err)
-            if result.oom_killed:
-                error.add_note(ending.out_of_memory(self.spec, self.state()))
-            raise error
-        return result
-
-    def _out_of_memory(self, process: Process) -> bool:
-        """Only a kill can be one for memory: of the command, or of a shell's own child."""
-        if self.spec.memory is None or process.returncode not in (-signal.SIGKILL, 137):
-            return False
-        return bool(self.state()["reason"] == "memory")
+        return run_to_its_end(process, input, timeout, check=check)
 
     def call(
         self, function: Callable[..., Any], *args: Any, timeout: float | None = None, **kwargs: Any

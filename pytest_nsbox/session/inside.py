@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import CallError, ContainerDied, NsboxError
-from pytest_nsbox.model.rootfs import PATH
+from pytest_nsbox.session.surroundings import working_directory
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
@@ -147,17 +147,6 @@ class Inside:
         return wire.is_ready(self.pidfd, seconds)
 
 
-def environment(container: Container) -> dict[str, str]:
-    """What the container adds to the environment of a fork of this process: the image's variables,
-    and on the PATH what of this process's own is there, too."""
-    rootfs, brought = container.rootfs, container.brought
-    if brought is None:
-        return dict(container.spec.env)
-    own = filter(brought.has, os.environ.get("PATH", "").split(":"))
-    paths = {"PATH": ":".join([*own, rootfs.env.get("PATH", PATH)])}
-    return {**rootfs.env, **paths, **container.spec.env}
-
-
 @contextlib.contextmanager
 def _logs_at_rest() -> Iterator[None]:
     """While this process forks, no other thread is writing a record of its log.
@@ -215,7 +204,7 @@ def call(
             data = pickle.dumps(("lost", why, text))
         talk(data)
 
-    inside = Inside(container, body, container.working_directory())
+    inside = Inside(container, body, working_directory(container))
     try:
         data = inside.receive(timeout)
         inside.reply()

@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, NsboxError
+from pytest_nsbox.errors import NsboxError
 from pytest_nsbox.model.results import Usage
+from pytest_nsbox.session.surroundings import of_a_command
 
 if TYPE_CHECKING:
     from pytest_nsbox.session.container import Container
@@ -56,7 +57,7 @@ class Process(subprocess.Popen[Any]):
         self._answer: socket.socket | None = None
         self._log: IO[bytes] | None = None
         self._logged = ""
-        self._order = container.command(env, cwd, user)
+        self._order = of_a_command(container, env, cwd, user)
         self._timeout = timeout
         self._order["tree"] = timeout is not None
         refused = {"preexec_fn", "startupinfo", "creationflags", "close_fds"} & set(options)
@@ -246,6 +247,3 @@ def describe_end(process: Process) -> str:
         ended = f"has ended with status {code}"
     last = "\n".join(process.log().splitlines()[-10:])
     return f"{command!r} {ended}" + (f"; it wrote last:\n{last}" if last else "")
-
-
-__all__ = ["ContainerDied", "Process", "describe_end"]
