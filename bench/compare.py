@@ -78,7 +78,7 @@ def goals(measured: Measured) -> list[str]:
 
 def trace(runs: int) -> Iterator[str]:
     """Where the time goes, by `trace.py`, as a section."""
-    yield "## Where the time of one creation goes"
+    yield "## Where the time goes"
     yield ""
     yield (
         "The steps of one creation, the medians of several, counted from the call of "
@@ -88,6 +88,8 @@ def trace(runs: int) -> Iterator[str]:
     for options, title in (
         (["--pool=0"], "Cold"),
         ([f"--pool={lives.POOL}"], f"With `pool={lives.POOL}`"),
+        (["--alive=1000", "--runs=20", "--least=0.03"], "Cold, beside 1,000 alive"),
+        (["--run"], 'A command, `container.run(["true"])`'),
         (["--inside"], "A test of 20 ms inside, in a run of such tests, from its set-up on"),
     ):
         command = [sys.executable, str(ROOT / "bench/trace.py"), f"--runs={runs}", *options]

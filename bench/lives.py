@@ -45,8 +45,8 @@ def create(bench: Bench) -> Section:
         "row, and the second run counts: a network namespace is taken down by the kernel in the "
         "background, and the next creation waits for it. The peers are started by posix_spawn(3) "
         "from a small process, and their time ends with their exit. crun has the configuration "
-        "that `crun spec` writes, with the same limits. The floor program is `bench/floor.py`: the system calls of a container, as few "
-        "as can be, one after the other.",
+        "that `crun spec` writes, with the same limits. The floor program is `bench/floor.py`: the "
+        "system calls of a container, as few as can be, one after the other.",
         _lives(bench),
         CRUN,
         bench.runs,

@@ -1,6 +1,7 @@
-"""Where the time of one creation, or of one test inside, goes, step by step.
+"""Where the time of one creation, one command or one test inside goes, step by step.
 
-    .venv/bin/python bench/trace.py [--runs N] [--pool N | --inside]
+    .venv/bin/python bench/trace.py [--runs N] [--pool N] [--alive N]
+    .venv/bin/python bench/trace.py [--runs N] --run | --inside
 
 The launcher, or pytest, is started with its steps wrapped: each notes when it began and ended, on
 the clock that all processes share and in memory that all of them share. The notes cost some time,
@@ -11,10 +12,12 @@ the host.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import mmap
 import os
 import re
+import resource
 import runpy
 import statistics
 import struct
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _FILE = "NSBOX_TRACE"
+_LIMITS: dict[str, Any] = {"cpus": 1, "memory": "256M", "pids": 100}
 _COUNT = struct.Struct("=i")
 _NOTE = struct.Struct("=dd16s56s")
 _ROOM, _ROOMS = 512 << 10, 1 << 12  # bytes for the notes of one process, and for how many
@@ -45,8 +49,8 @@ class Notes:
     def __init__(self, path: str, who: str = "launcher", child: str = "init") -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(fd, _ROOM * _ROOMS)
-            self._memory = mmap.mmap(fd, _ROOM * _ROOMS)
+            os.ftruncate(fd, _ROOM * _ROOMS + 1)
+            self._memory = mmap.mmap(fd, _ROOM * _ROOMS + 1)
         finally:
             os.close(fd)
         self._move(who)
@@ -56,7 +60,13 @@ class Notes:
         self.who = who
         self._room = int.from_bytes(os.urandom(2)) % _ROOMS * _ROOM
 
+    def start(self) -> None:
+        """From now on, in all processes."""
+        self._memory[-1] = 1
+
     def add(self, what: str, began: float) -> None:
+        if not self._memory[-1]:
+            return
         (count,) = _COUNT.unpack_from(self._memory, self._room)
         place = self._room + _COUNT.size + count * _NOTE.size
         if place + _NOTE.size <= self._room + _ROOM:
@@ -91,7 +101,7 @@ class Notes:
 
 def _launch() -> None:
     """Be a launcher whose steps are noted."""
-    from pytest_nsbox.init import setup
+    from pytest_nsbox.init import serve, setup
     from pytest_nsbox.init.confine import Confinement
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
     from pytest_nsbox.launcher import tree, zygote
@@ -121,6 +131,9 @@ def _launch() -> None:
     wrap(zygote.Zygote, "lay_foundation", "lay the foundation of the next")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
+    wrap(serve.Server, "handle", "do what is asked for")
+    wrap(serve, "spawn", "start the command (posix_spawn)")
+    wrap(serve.Server, "reap", "reap, and say how it ended")
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
 
 
@@ -137,8 +150,9 @@ def _places() -> dict[re.Pattern[str], str]:
     }
 
 
-def _trace(runs: int, pool: int) -> list[list[Note]]:
-    """The notes of each creation, in order, counted from its beginning."""
+def _trace(runs: int, pool: int, alive: int, command: bool) -> list[list[Note]]:
+    """The notes of each creation, or of a command in a container, in order, counted from its
+    beginning."""
     from pytest_nsbox import Session
 
     start = subprocess.Popen.__init__
@@ -152,17 +166,24 @@ def _trace(runs: int, pool: int) -> list[list[Note]]:
     windows = []
     with tempfile.NamedTemporaryFile(prefix="nsbox-trace-") as file:
         os.environ[_FILE] = file.name
-        with Session(pool=pool) as session:
+        with Session(pool=pool) as session, contextlib.ExitStack() as stack:
+            for _ in range(alive):
+                stack.enter_context(session.container(**_LIMITS))
+            Notes(file.name).start()
             for _ in range(runs):
                 began = time.perf_counter()
-                with session.container(cpus=1, memory="256M", pids=100):
+                with session.container(**_LIMITS) as container:
+                    if command:
+                        container.run(["true"])
+                        began = time.perf_counter()
+                        container.run(["true"])
                     windows.append((began, time.perf_counter()))
                 time.sleep(0.02)  # what goes on in the background is of no other creation
         notes = Notes(file.name).read()
     traces = []
     for began, ended in windows[runs // 5 :]:
         own = [note for note in notes if began <= note.began and note.ended <= ended]
-        own.append(Note(began, ended, "test", "Session.container()"))
+        own.append(Note(began, ended, "test", 'run(["true"])' if command else _CREATION))
         traces.append([Note(n.began - began, n.ended - began, n.who, n.what) for n in sorted(own)])
     return traces
 
@@ -192,6 +213,7 @@ def pytest_configure(config: Any) -> None:
     wrap(inside._Visit, "leave", "have the body and its container ended")
 
 
+_CREATION = "Session.container()"
 _ONE_TEST = "one test, of 20 ms"
 _TESTS = """
 import time, pytest
@@ -207,6 +229,7 @@ def _trace_inside(runs: int) -> list[list[Note]]:
     """The notes of each test, in order, counted from its beginning."""
     with tempfile.TemporaryDirectory(prefix="nsbox-trace-") as directory:
         notes = os.path.join(directory, "notes")
+        Notes(notes).start()
         Path(directory, "test_it.py").write_text(_TESTS.format(runs))
         path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, _FILE: notes, "PYTHONPATH": path}
@@ -226,14 +249,27 @@ def _trace_inside(runs: int) -> list[list[Note]]:
     ]
 
 
+def _many_descriptors() -> None:
+    """A session holds a few for each container."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where the time of one creation, or test, goes.")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--pool", type=int, default=0, help="so many made ahead (default: none)")
+    parser.add_argument("--least", type=float, default=0, metavar="MS", help="leave out the rest")
+    parser.add_argument("--alive", type=int, default=0, help="beside so many (default: none)")
+    parser.add_argument("--run", action="store_true", help="a command in a running container")
     parser.add_argument("--inside", action="store_true", help="a test inside, with its body")
     options = parser.parse_args()
     rows: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
-    traces = _trace_inside(options.runs) if options.inside else _trace(options.runs, options.pool)
+    if options.inside:
+        traces = _trace_inside(options.runs)
+    else:
+        _many_descriptors()
+        traces = _trace(options.runs, options.pool, options.alive, options.run)
     for trace in traces:
         seen: dict[tuple[str, str], int] = {}
         for note in trace:
@@ -244,7 +280,8 @@ def main() -> None:
     for (who, what, _), times in rows.items():
         if len(times) > len(traces) // 2:
             began, took = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
-            table.append((began, took, who, what))
+            if took >= options.least:
+                table.append((began, took, who, what))
     print("| from ms | took ms | who | what |\n| --: | --: | --- | --- |")
     for began, took, who, what in sorted(table):
         print(f"| {began:.2f} | {took:.2f} | {who} | `{what}` |")

@@ -211,7 +211,12 @@ class Session:
         self.start()
         assert self._lifeline is not None
         message = {"op": "destroy", "id": container.id, "later": True}
-        self._unheard.append((container, wire.post(self._lifeline, message)))
+        try:
+            answer = wire.post(self._lifeline, message)
+        except ContainerDied:
+            self._sweep_after_kill()
+            raise
+        self._unheard.append((container, answer))
 
     def hear(self) -> None:
         """How those have ended that were left to. The launcher answers in the order that it is
