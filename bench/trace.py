@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _FILE = "NSBOX_TRACE"
+_MEMORY = "/dev/shm"  # on a disk the first note of each process would wait for a block of it
 _LIMITS: dict[str, Any] = {"cpus": 1, "memory": "256M", "pids": 100}
 _COUNT = struct.Struct("=i")
 _NOTE = struct.Struct("=dd16s56s")
@@ -164,7 +165,7 @@ def _trace(runs: int, pool: int, alive: int, command: bool) -> list[list[Note]]:
 
     subprocess.Popen.__init__ = start_traced  # type: ignore[method-assign]
     windows = []
-    with tempfile.NamedTemporaryFile(prefix="nsbox-trace-") as file:
+    with tempfile.NamedTemporaryFile(prefix="nsbox-trace-", dir=_MEMORY) as file:
         os.environ[_FILE] = file.name
         with Session(pool=pool) as session, contextlib.ExitStack() as stack:
             for _ in range(alive):
@@ -175,6 +176,7 @@ def _trace(runs: int, pool: int, alive: int, command: bool) -> list[list[Note]]:
                 with session.container(**_LIMITS) as container:
                     if command:
                         container.run(["true"])
+                        time.sleep(0.02)
                         began = time.perf_counter()
                         container.run(["true"])
                     windows.append((began, time.perf_counter()))
@@ -227,7 +229,7 @@ def test_it(n):
 
 def _trace_inside(runs: int) -> list[list[Note]]:
     """The notes of each test, in order, counted from its beginning."""
-    with tempfile.TemporaryDirectory(prefix="nsbox-trace-") as directory:
+    with tempfile.TemporaryDirectory(prefix="nsbox-trace-", dir=_MEMORY) as directory:
         notes = os.path.join(directory, "notes")
         Notes(notes).start()
         Path(directory, "test_it.py").write_text(_TESTS.format(runs))
