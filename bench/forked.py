@@ -14,6 +14,12 @@ from workbench import LIMITS, Bench
 TESTS, MODULES = 200, 50
 FORKED = "pytest --forked"
 _NOT_THERE = "pytest-forked is not installed, or fails with this pytest"
+_MORE = (
+    "A forked test pays for the fork, and for the pages that pytest and its child then both write "
+    "to; a body pays for the same, and for asking for its container, entering it, giving up "
+    "capabilities, and telling pytest of each phase, which forked tests report all at once. The "
+    "trace of a test inside is below, and whose the processors' time is."
+)
 # one module of a suite that has never heard of containers, of what quick tests are made of
 QUICK = """
 import json
@@ -92,7 +98,7 @@ def _beside_forked(
         bench.floor,
         difference=True,
         per=TESTS,
-        goals=[Goal(what, limit, added, without=_NOT_THERE)],
+        goals=[Goal(what, limit, added, without=_NOT_THERE, hindrance=_MORE)],
     )
 
 

@@ -15,6 +15,12 @@ from pytest_nsbox import Session
 
 POOL = 4  # the plugin's default
 _RUN, _HOST_RUN = 'container.run(["true"])', 'subprocess.run(["true"])'
+_ASKED = (
+    "A command is a child of PID 1: that has to wake and read what is asked for, wake again at the "
+    "command's end, and wake the test process, which on the host waits for a child of its own. The "
+    "trace of a command is below."
+)
+_COLD = "The first trace below has where the time goes, the section before whose it is."
 _WIRED = "veth on a bridge, address, route, NAT; overlay on /; seccomp; capabilities"
 
 
@@ -32,7 +38,8 @@ def _lives(bench: Bench) -> list[Case]:
 
 def _against_crun(bench: Bench, how: str) -> Goal:
     what = f"cold, {how}: {OURS} / {CRUN}"
-    return Goal(what, 1, ratio(OURS, CRUN), without=bench.missing.get(CRUN, ""))
+    missing = bench.missing.get(CRUN, "")
+    return Goal(what, 1, ratio(OURS, CRUN), without=missing, hindrance=_COLD)
 
 
 def create(bench: Bench) -> Section:
@@ -95,7 +102,16 @@ def engines(bench: Bench) -> Section:
         max(2, bench.runs // 10),
         bench.floor,
         settle=True,
-        goals=[Goal(what, 40, faster, least=True, without=f"not measured here: {without}")],
+        goals=[
+            Goal(
+                what,
+                40,
+                faster,
+                least=True,
+                without=f"not measured here: {without}",
+                hindrance=_COLD,
+            )
+        ],
     )
 
 
@@ -163,7 +179,7 @@ def run(bench: Bench) -> Section:
         bench.runs,
         bench.floor,
         settle=True,
-        goals=[Goal(f"{_RUN} / {_HOST_RUN}", 1.5, ratio(_RUN, _HOST_RUN))],
+        goals=[Goal(f"{_RUN} / {_HOST_RUN}", 1.5, ratio(_RUN, _HOST_RUN), hindrance=_ASKED)],
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 Times = dict[str, list[float]]
 """Milliseconds of each case, round by round."""
 FLOOR = "floor program"
+_NOT_MET = "**not met**"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Goal:
     unit: str = ""
     least: bool = False
     without: str = ""
+    hindrance: str = ""  # what stands in the way where it is not met
 
     def row(self, times: Times) -> list[str]:
         """For a table: what, the limit, what was measured, and the verdict."""
@@ -46,7 +48,7 @@ class Goal:
             why = self.without or "what it is compared with is missing"
             return [self.what, limit, "not measured", why]
         met = value >= self.limit if self.least else value <= self.limit
-        return [self.what, limit, f"{value:.2f}{self.unit}", "met" if met else "**not met**"]
+        return [self.what, limit, f"{value:.2f}{self.unit}", "met" if met else _NOT_MET]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Section:
         yield ""
         for goal in self.goals:
             what, limit, value, verdict = goal.row(times)
-            yield f"Goal: {what}, {limit}: {value}{verdict and ', ' + verdict}.\n"
+            more = f" {goal.hindrance}" if verdict == _NOT_MET and goal.hindrance else ""
+            yield f"Goal: {what}, {limit}: {value}{verdict and ', ' + verdict}.{more}\n"
         for remark in self.remarks:
             yield f"{remark(times) if callable(remark) else remark}\n"
 

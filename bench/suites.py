@@ -48,7 +48,16 @@ def collect(bench: Bench) -> Section:
         bench.runs,
         bench.floor,
         difference=True,
-        goals=[Goal("the plugin, unused", 3, lambda times: difference(times, on, off), unit=" ms")],
+        goals=[
+            Goal(
+                "the plugin, unused",
+                3,
+                lambda times: difference(times, on, off),
+                unit=" ms",
+                hindrance="Its hooks, fixtures and options are in ten modules, which are read, and "
+                "are registered one by one: `python -X importtime -m pytest --version`.",
+            )
+        ],
     )
 
 
@@ -165,7 +174,16 @@ def throughput(bench: Bench) -> Section:
         twice,
         2,
         bench.floor,
-        goals=[Goal(f"throughput: {count} tests, -n 2 / the floor twice", 1.3, ratio(ours, twice))],
+        goals=[
+            Goal(
+                f"throughput: {count} tests, -n 2 / the floor twice",
+                1.3,
+                ratio(ours, twice),
+                hindrance="Two workers and their launchers keep two processors busy: what decides "
+                "is the processors' time, of which a test with its container takes several times "
+                "what the floor program does, as is shown below.",
+            )
+        ],
         remarks=[without_pytest],
         warm_up=False,
     )

@@ -182,7 +182,14 @@ class CgroupV1:
             # At no time may the limit on memory be above that on memory and swap.
             steps.insert(0 if memory > self._memsw else 1, (_MEMSW, memory + swap))
         for file, value in steps:
-            files.write(f"{path}/{file}", str(value))
+            try:
+                files.write(f"{path}/{file}", str(value))
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # what was freed a moment ago may still be counted, by another CPU; this collects it
+                files.write(f"{path}/memory.force_empty", "0")
+                files.write(f"{path}/{file}", str(value))
         self._memory, self._memsw = memory, memory + swap
 
     def _limit_cpu(self, cpus: float) -> None:

@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -305,6 +306,19 @@ def test_memory_can_be_raised_and_lowered(create, enter):
     group.update(Limits(memory=48 * M))
     assert group.stats().memory_limit == 48 * M
     assert enter(group, lambda: use(64 * M)).go().wait() == -signal.SIGKILL
+
+
+def test_memory_is_not_lowered_below_what_cannot_be_freed(driver, create, enter):
+    group = create(memory=128 * M)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        enter(group, lambda: os.write(file.fileno(), b"x" * 64 * M)).go().answer()
+        if driver.version == 1:  # 2 makes room by killing
+            with pytest.raises(OSError) as caught:
+                group.update(Limits(memory=48 * M))
+            assert caught.value.errno == errno.EBUSY
+            assert group.stats().memory_limit == 128 * M
+    group.update(Limits(memory=48 * M))
+    assert group.stats().memory_limit == 48 * M
 
 
 def swap_of(group: Cgroup) -> int:
