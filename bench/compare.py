@@ -81,9 +81,10 @@ def trace(runs: int) -> Iterator[str]:
     yield "## Where the time goes"
     yield ""
     yield (
-        "The steps of one creation, the medians of several, counted from the call of "
-        "`Session.container()`: `python bench/trace.py`, whose notes cost some time themselves. "
-        "Several processes work at once, so times overlap."
+        "The steps of one creation, of one command and of one test inside, the medians of several, "
+        "counted from the call or the test's begin: `python bench/trace.py`, whose notes cost some "
+        "time themselves. Several processes work at once, so times overlap. There are 20 ms "
+        "between two, after which all is slower than back to back."
     )
     for options, title in (
         (["--pool=0"], "Cold"),

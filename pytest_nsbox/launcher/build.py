@@ -15,28 +15,25 @@ from pathlib import Path
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
-from pytest_nsbox.init.setup import BATCH, Kind
-from pytest_nsbox.kernel import cgroup, libc, link, mounts
+from pytest_nsbox.init.setup import Kind
+from pytest_nsbox.kernel import cgroup, libc, mounts
 from pytest_nsbox.kernel.cgroup import Cgroup
 from pytest_nsbox.kernel.inode_flags import spread
 from pytest_nsbox.kernel.mountinfo import mount_points
-from pytest_nsbox.kernel.namespaces import Home, open_namespace
-from pytest_nsbox.kernel.netlink import Batch, Netlink, Request
+from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
-from pytest_nsbox.launcher.hub import Interface
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.tree import Ground, Planner
 from pytest_nsbox.launcher.undo import Undo
+from pytest_nsbox.launcher.wiring import Joiner, confirm, connect, have_connected, join
 from pytest_nsbox.launcher.zygote import VISITED, Init, InitFailed, Zygote, apart_by
 from pytest_nsbox.model.limits import Limits
 from pytest_nsbox.model.order import Order
 
-Joiner = Callable[[], Interface]
 _PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
 _SPELLS = 10  # of waiting, in these: see _next_word
-_FIRST_INTERFACE = 2  # lo is 1 in every network namespace
 
 
 @dataclass
@@ -76,8 +73,8 @@ def begin(
         foundation = workshop.planner.foundation(order, size, in_userns)
         init = _fork(container, in_userns, foundation, workshop)
         if joiners is not None and visited:
-            _join(container, joiners)
-            _have_connected(container)
+            join(container, joiners)
+            have_connected(container)
         container.cgroup = make_cgroup(f"c{id}", order.limits, workshop)
         container.layer = _layer_on_disk(container, workshop)
         ground = Ground(
@@ -113,11 +110,11 @@ def finish(
     with _or_nothing(container):
         if not container.connected:
             container.order = order
-            _join(container, joiners)
+            join(container, joiners)
             _name_and_connect(container, home)
         meanwhile()
         _, fds = _await(container, "ready")
-        _confirm(container, fds)
+        confirm(container, fds)
         for fd in fds:
             _hold(container, fd)
         _write_own_files(container)
@@ -142,13 +139,6 @@ def _promise_undo(container: Container, workshop: Workshop) -> None:
     container.undo.push("rmdir cgroup", remove_cgroup)
     container.undo.push("remove its layer", remove_layer)
     container.undo.push("let go of its mounts", lambda: _let_go(container, workshop.janitor))
-
-
-def _join(container: Container, joiners: Iterable[Joiner]) -> None:
-    for join in joiners:
-        interface = join()
-        container.interfaces.append(interface)
-        container.undo.push(f"give back {interface.ip}", interface.leave)
 
 
 def _build(container: Container, init: Init, steps: Sequence[mounts.Step], home: Home) -> None:
@@ -303,19 +293,6 @@ def _size(order: Order) -> int | None:
     return order.limits.memory // 2
 
 
-def _inside_requests(container: Container) -> list[Request]:
-    requests = [link.up(link.LOOPBACK, "lo")]
-    first_out = next(
-        (i for i in container.interfaces if i.bridge.hub.internet),
-        container.interfaces[0] if container.interfaces else None,
-    )
-    for number, interface in enumerate(container.interfaces):
-        requests += interface.configure(
-            f"eth{number}", _FIRST_INTERFACE + number, gateway=interface is first_out
-        )
-    return requests
-
-
 def _fork(
     container: Container, in_userns: bool, foundation: Sequence[mounts.Step], workshop: Workshop
 ) -> Init:
@@ -343,13 +320,6 @@ def _fork(
     return init
 
 
-def _tell(container: Container, payload: bytes, fds: Iterable[int]) -> None:
-    """Send init something. Why it has ended, if it has, is said when it is listened to."""
-    assert container.init is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        wire.send_bytes(container.init, payload, fds)
-
-
 def _order(container: Container, steps: Sequence[mounts.Step] | None) -> None:
     """Have init begin; it takes `steps` itself, if any."""
     with contextlib.ExitStack() as opened:
@@ -363,33 +333,9 @@ def _order(container: Container, steps: Sequence[mounts.Step] | None) -> None:
                 opened.callback(os.close, fds[-1])
         message = {} if steps is None else {"steps": mounts.to_wire(steps)}
         assert container.init is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # as in _tell
+        # why it has ended, if it has, is said when it is listened to
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             wire.send(container.init, message, fds)
-
-
-def _have_connected(container: Container) -> None:
-    """Have init connect itself with its networks, which it can while its file tree is built."""
-    container.connected = True
-    if not container.order.own_network:
-        return
-    for number, interface in enumerate(container.interfaces):
-        netlink = interface.bridge.hub.netlink
-        batch = netlink.batch(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, None))
-        container.asked.append((netlink, batch))
-        _tell(container, BATCH + batch.data, [netlink.fileno()])
-    batch = Batch.of(_inside_requests(container))
-    container.asked.append((None, batch))
-    _tell(container, BATCH + batch.data, [])
-
-
-def _confirm(container: Container, fds: list[int]) -> None:
-    """That all that init has asked the kernel for was done; `fds` are from init."""
-    asked, container.asked = container.asked, []
-    if not asked:
-        return
-    with contextlib.closing(Netlink.adopt(fds.pop(0))) as own:
-        for netlink, batch in asked:
-            (netlink or own).confirm(batch)
 
 
 def _name_and_connect(container: Container, home: Home) -> None:
@@ -401,19 +347,7 @@ def _name_and_connect(container: Container, home: Home) -> None:
         opened.enter_context(home.away(namespaces))
         libc.sethostname(container.order.hostname)
         if container.order.own_network:
-            _connect(container)
-
-
-def _connect(container: Container) -> None:
-    netns = open_namespace("net")
-    try:
-        for number, interface in enumerate(container.interfaces):
-            hub = interface.bridge.hub
-            hub.netlink.send(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, netns))
-        with contextlib.closing(Netlink()) as netlink:
-            netlink.send(_inside_requests(container))
-    finally:
-        os.close(netns)
+            connect(container)
 
 
 def _write_own_files(container: Container) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pytest_nsbox.kernel import libc
 from pytest_nsbox.kernel.namespaces import in_network
-from pytest_nsbox.launcher.build import Joiner
 from pytest_nsbox.launcher.hub import Bridge, Hub
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.uplink import Host
 from pytest_nsbox.launcher.wayout import WayOut
+from pytest_nsbox.launcher.wiring import Joiner
 from pytest_nsbox.model.addressing import Subnet
 from pytest_nsbox.model.order import Order
 

@@ -29,7 +29,7 @@ from pytest_nsbox.kernel import cgroup, mounts, userns
 from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
-from pytest_nsbox.launcher.build import Joiner, Workshop, begin, finish
+from pytest_nsbox.launcher.build import Workshop, begin, finish
 from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.neighbours import Neighbours
@@ -41,6 +41,7 @@ from pytest_nsbox.launcher.standing import Standing
 from pytest_nsbox.launcher.undo import Undo
 from pytest_nsbox.launcher.uplink import Host
 from pytest_nsbox.launcher.wayout import WayOut
+from pytest_nsbox.launcher.wiring import Joiner
 from pytest_nsbox.launcher.worker import Work, stop
 from pytest_nsbox.launcher.zygote import Zygote
 from pytest_nsbox.model.order import Order
