@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from pytest_nsbox import Container, ContainerDied, Session, WaitError
+from pytest_nsbox import Bind, Container, ContainerDied, Session, SetupError, WaitError
 from pytest_nsbox.launcher.hub import Bridge, Hub, Interface
 from pytest_nsbox.model.addressing import Subnet
 
@@ -224,6 +224,26 @@ def test_a_container_can_be_on_two_networks(
     proxy.run(["ping", "-c1", "-W1", "client"], check=True)
     proxy.run(["ping", "-c1", "-W1", "store"], check=True)
     assert client.run(["ping", "-c1", "-W0.3", store.ip]).returncode != 0
+
+
+def test_those_that_came_to_nothing_are_in_no_ones_way(nsbox_container_factory: Any) -> None:
+    nowhere = Bind("/etc/passwd", "/proc/nowhere")
+    for _ in range(100):  # each leaves answers of the kernel that nobody has asked for
+        with pytest.raises(SetupError, match="nowhere"):
+            nsbox_container_factory(mounts=[nowhere])
+    for _ in range(2):
+        container = nsbox_container_factory()
+        container.run(["ping", "-c1", "-W1", "172.27.0.1"], check=True)
+
+
+def test_a_sysctl_for_interfaces_to_come_is_set_before_they_come(
+    nsbox_container_factory: Any,
+) -> None:
+    sysctls = {"net.ipv4.conf.default.accept_local": 1}
+    for _ in range(3):  # the first, and those whose init has been waiting for it
+        with nsbox_container_factory(sysctls=sysctls) as container:
+            found = container.read_text("/proc/sys/net/ipv4/conf/eth0/accept_local")
+            assert found == "1\n"
 
 
 def test_none_has_only_lo(nsbox_container_factory: Any) -> None:

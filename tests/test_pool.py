@@ -333,3 +333,11 @@ def test_tests_get_what_was_made_ahead(
         f"--rootdir={Path(__file__).parent.parent}",
     )
     result.assert_outcomes(passed=10)
+
+
+def test_what_it_has_used_up_to_its_end_is_told_after_it(session: Session) -> None:
+    container = session.container(**SPEC)
+    before = container.stats().cpu
+    container.run("i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done", shell=True, check=True)
+    container.close(wait=False)
+    assert container.stats().cpu > before + 0.01

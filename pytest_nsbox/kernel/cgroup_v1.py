@@ -185,10 +185,11 @@ class CgroupV1:
             try:
                 files.write(f"{path}/{file}", str(value))
             except OSError as error:
-                if error.errno != errno.EBUSY:
+                if error.errno != errno.EBUSY or file == _MEMSW:
                     raise
-                # what was freed a moment ago may still be counted, by another CPU; this collects it
-                files.write(f"{path}/memory.force_empty", "0")
+                # what was freed a moment ago may still wait on another CPU; this collects it
+                with contextlib.suppress(OSError):
+                    files.write(f"{path}/memory.force_empty", "0")
                 files.write(f"{path}/{file}", str(value))
         self._memory, self._memsw = memory, memory + swap
 

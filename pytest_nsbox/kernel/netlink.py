@@ -6,6 +6,7 @@ whole batch costs a fraction of one exchange per message (netlink(7)).
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import socket
@@ -149,6 +150,17 @@ class Netlink:
         batch = Batch.of(requests, self._sequence)
         self._sequence += batch.count
         return batch
+
+    def forget(self) -> None:
+        """Drop what has not been read: answers to a batch that nobody has confirmed."""
+        while True:
+            try:
+                self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # some have had no room (netlink(7))
+                    raise
 
     def confirm(self, batch: Batch) -> None:
         """When a batch has been sent: read what the kernel has to say to it, which is all there.

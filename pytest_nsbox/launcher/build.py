@@ -27,7 +27,14 @@ from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.tree import Ground, Planner
 from pytest_nsbox.launcher.undo import Undo
-from pytest_nsbox.launcher.wiring import Joiner, confirm, connect, have_connected, join
+from pytest_nsbox.launcher.wiring import (
+    MOST_AT_ONCE,
+    Joiner,
+    confirm,
+    connect,
+    have_connected,
+    join,
+)
 from pytest_nsbox.launcher.zygote import VISITED, Init, InitFailed, Zygote, apart_by
 from pytest_nsbox.model.limits import Limits
 from pytest_nsbox.model.order import Order
@@ -54,7 +61,7 @@ class Workshop:
 
 
 def begin(
-    id: int, order: Order, workshop: Workshop, joiners: Iterable[Joiner] | None = None
+    id: int, order: Order, workshop: Workshop, joiners: Sequence[Joiner] | None = None
 ) -> Container:
     """Fork a container, which then builds all of itself that does not depend on its name, its
     networks and its neighbours. With `joiners` it is to be the one that is ordered, and what can be
@@ -72,7 +79,9 @@ def begin(
         size = _size(order)
         foundation = workshop.planner.foundation(order, size, in_userns)
         init = _fork(container, in_userns, foundation, workshop)
-        if joiners is not None and visited:
+        # a sysctl of its network may be about interfaces to come, so it has to be set before
+        set_before = init.foundation is not None or not order.sysctls
+        if joiners is not None and len(joiners) <= MOST_AT_ONCE and visited and set_before:
             join(container, joiners)
             have_connected(container)
         container.cgroup = make_cgroup(f"c{id}", order.limits, workshop)
@@ -108,13 +117,16 @@ def finish(
     Raises an NsboxError, and leaves nothing of it, when a step fails.
     """
     with _or_nothing(container):
-        if not container.connected:
+        by_itself = container.connected
+        if not by_itself:
             container.order = order
             join(container, joiners)
             _name_and_connect(container, home)
-        meanwhile()
+            meanwhile()
         _, fds = _await(container, "ready")
-        confirm(container, fds)
+        if by_itself:
+            confirm(container, fds)
+            meanwhile()
         for fd in fds:
             _hold(container, fd)
         _write_own_files(container)
@@ -150,6 +162,9 @@ def _build(container: Container, init: Init, steps: Sequence[mounts.Step], home:
             if container.connected:
                 libc.sethostname(container.order.hostname)
             scratch = mounts.build(steps)
+    except ProcessLookupError:
+        _await(container, "ready")  # which says why it has ended
+        raise
     finally:
         os.close(init.root)
         init.root = -1

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class Launcher:
         self.undo.push("close the way out", self.way_out.close)
         self.pool = Pool(int(self.options["pool"]), self._begin, self._discard)
 
-    def _begin(self, order: Order, joiners: Iterable[Joiner] | None = None) -> Container:
+    def _begin(self, order: Order, joiners: Sequence[Joiner] | None = None) -> Container:
         self.last_id += 1
         return begin(self.last_id, order, self.workshop, joiners)
 

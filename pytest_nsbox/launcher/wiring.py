@@ -19,6 +19,7 @@ from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.hub import Interface
 
 Joiner = Callable[[], Interface]
+MOST_AT_ONCE = 16  # networks: the kernel's answers wait in a socket that has room for some hundred
 _FIRST_INTERFACE = 2  # lo is 1 in every network namespace
 
 
@@ -35,6 +36,8 @@ def have_connected(container: Container) -> None:
     container.connected = True
     if not container.order.own_network:
         return
+    for interface in container.interfaces:  # of one that came to nothing there are answers left
+        interface.bridge.hub.netlink.forget()
     for number, interface in enumerate(container.interfaces):
         netlink = interface.bridge.hub.netlink
         batch = netlink.batch(interface.wire(f"eth{number}", _FIRST_INTERFACE + number, None))

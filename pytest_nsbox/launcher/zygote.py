@@ -146,7 +146,7 @@ class Zygote:
         if ahead is not None and ahead.init is None:
             try:
                 ahead.init = Init(*self._told(), ahead.line)
-            except NsboxError:
+            except (NsboxError, OSError, ValueError):  # or no descriptor was left for its pidfd
                 self._ahead = None
                 self._unwatch(ahead.line)
                 ahead.line.close()

@@ -167,10 +167,9 @@ class Container:
         """Whether it is alive, why not, and its statistics, as the launcher has them."""
         if not self.closed:
             self._last, _ = self.session.request("state", id=self.id)
-        elif self._last is None:
+        else:
             self.session.hear()
-        assert self._last is not None
-        return self._last
+        return self._last or {"alive": False, "reason": "", "stats": None}
 
     def note_end(self, last: wire.Message) -> None:
         """What there is to say of it from now on, as it has been taken down."""

@@ -80,7 +80,8 @@ class Session:
         self.unreaped: list[Inside] = []  # killed children of this process
         self._living: dict[str, Container] = {}
         self._used: set[int] = set()  # containers whose first use the launcher has not been told of
-        self._unheard: list[tuple[Container, socket.socket]] = []  # of whose end nobody has heard
+        # containers of whose end nobody has heard, who is to be told, and on what
+        self._unheard: list[tuple[Container, int, socket.socket]] = []
         self._late: list[NsboxError] = []  # what went wrong with that
         self._networks = 0
         self._layers: LayerCache | None = None
@@ -143,12 +144,16 @@ class Session:
             words = self._said()
             self._words.close()
             self.hear()
+            late, self._late = self._late, []
         if status < 0:
             self._sweep()
         if status:
             raise TeardownError(words or f"the launcher ended with status {status}")
-        if self._late:
-            raise TeardownError(str(self._late[0])) from self._late[0]
+        if late:
+            error = TeardownError(str(late[0]))
+            for later in late[1:]:
+                error.add_note(f"then {later}")
+            raise error
 
     def _sweep_after_kill(self) -> None:
         """Not only the next session is to remove what a killed launcher could not."""
@@ -216,21 +221,25 @@ class Session:
         except ContainerDied:
             self._sweep_after_kill()
             raise
-        self._unheard.append((container, answer))
+        self._unheard.append((container, os.getpid(), answer))
 
     def hear(self) -> None:
         """How those have ended that were left to. The launcher answers in the order that it is
         asked in, so after any of its answers this does not wait."""
-        while self._unheard:
-            container, answer = self._unheard.pop(0)
-            last: wire.Message = {"alive": False, "reason": "", "stats": None}
-            with answer:
-                try:
-                    if os.getpid() == self._owner:  # or it would be heard here, and not there
-                        last, _ = wire.reply_of(answer)
-                except NsboxError as error:
-                    self._late.append(error)
-            container.note_end(last)
+        while True:
+            try:
+                unheard = container, pid, answer = self._unheard.pop(0)
+            except IndexError:  # another thread may do the same
+                return
+            try:
+                if os.getpid() == pid:  # or it would be heard in a fork, and not here
+                    container.note_end(wire.reply_of(answer)[0])
+            except NsboxError as error:
+                self._late.append(error)
+            except BaseException:  # an interrupt
+                self._unheard.insert(0, unheard)
+                raise
+            answer.close()
 
     def replies(self, operation: str, **fields: Any) -> Iterator[wire.Message]:
         """Ask the launcher for what comes in several messages."""
@@ -290,12 +299,13 @@ class Session:
             order = make_order(spec, name, rootfs, passthrough, visible, brought, trial=trial)
             reply, fds = self.request("create", order=order.to_wire(), used=used, enter=entered)
             self._used.difference_update(used)
-            self.hear()
         except BaseException:
             self._names.discard(name)
             raise
-        self._living[name] = Container(self, spec, order, rootfs, brought, reply, fds)
-        return self._living[name]
+        container = Container(self, spec, order, rootfs, brought, reply, fds)
+        self._living[name] = container
+        self.hear()
+        return container
 
     def use(self, id: int) -> None:
         """Something is about to run in a container, so it will have to know its neighbours. While
