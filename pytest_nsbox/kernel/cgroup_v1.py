@@ -187,7 +187,7 @@ class CgroupV1:
             except OSError as error:
                 if error.errno != errno.EBUSY or file == _MEMSW:
                     raise
-                # what was freed a moment ago may still wait on another CPU; this collects it
+                # what was freed a moment ago may be counted still; this has the kernel look again
                 with contextlib.suppress(OSError):
                     files.write(f"{path}/memory.force_empty", "0")
                 files.write(f"{path}/{file}", str(value))
