@@ -260,21 +260,14 @@ class CopyFile:
 
 @dataclass(frozen=True)
 class ReadOnly:
-    """Make a mount read-only, or with `bind` a part of one, by a mount of its own on itself; a
-    missing path needs nothing."""
+    """Make a mount read-only."""
 
     path: str
-    bind: bool = True
 
     def describe(self) -> str:
         return f"remount {self.path} read-only"
 
     def do(self) -> None:
-        if self.bind:
-            try:
-                libc.mount(self.path, self.path, None, MS_BIND)
-            except FileNotFoundError:
-                return
         flags = MS_BIND | MS_REMOUNT | MS_RDONLY | locked_flags(self.path)
         libc.mount("none", self.path, None, flags)
 
@@ -315,14 +308,13 @@ class SetSysctl:
 
     name: str
     value: str
-    root: str = ""
     optional: bool = False
 
     def describe(self) -> str:
         return f"sysctl {self.name}={self.value}"
 
     def do(self) -> None:
-        path = f"{self.root}/proc/sys/{self.name.replace('.', '/')}"
+        path = f"/proc/sys/{self.name.replace('.', '/')}"
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -80,7 +80,7 @@ def begin(
         foundation = workshop.planner.foundation(order, size, in_userns)
         init = _fork(container, in_userns, foundation, workshop)
         # a sysctl of its network may be about interfaces to come, so it has to be set before
-        set_before = init.foundation is not None or not order.sysctls
+        set_before = bool(init.foundation) or not order.sysctls
         if joiners is not None and len(joiners) <= MOST_AT_ONCE and visited and set_before:
             join(container, joiners)
             have_connected(container)

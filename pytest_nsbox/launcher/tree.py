@@ -168,7 +168,7 @@ def _steps(order: Order, ground: Ground, mounted: list[MountPoint]) -> list[Step
         roots = [step.target for step in steps if isinstance(step, (Overlay, SubOverlay))]
         own = (NEW + "/tmp", NEW + "/run")
         read_only = [path for path in dict.fromkeys([NEW, *roots]) if path not in own]
-        steps += [ReadOnly(path, bind=False) for path in read_only]
+        steps += [ReadOnly(path) for path in read_only]
     steps += [_user_mount(mount) for mount in order.mounts]
     steps.append(PivotRoot(NEW))
     return steps
