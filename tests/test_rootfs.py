@@ -86,6 +86,43 @@ def test_other_filesystems_of_the_host_show_copy_on_write(pytester: pytest.Pytes
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_what_is_mounted_onto_itself_needs_no_mount(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pathlib
+        FILE = pathlib.Path("/opt/itself/file")
+
+        def test_it(nsbox_container):
+            assert nsbox_container.read_text("/opt/itself/file") == "there\\n"
+            nsbox_container.write_text("/opt/itself/file", "changed")
+            assert FILE.read_text() == "there\\n"
+            rows = nsbox_container.read_text("/proc/mounts").splitlines()
+            mounted = [row.split()[1] for row in rows]
+            assert "/opt/itself" not in mounted
+            assert nsbox_container.read_text("/opt/itself/other/file") == "of the other\\n"
+            assert nsbox_container.read_text("/opt/elsewhere/file") == "there\\n"
+            assert "/opt/elsewhere" in mounted
+
+        def test_read_only(nsbox_container):
+            done = nsbox_container.run(["touch", "/opt/read-only/new"])
+            assert "Read-only" in done.stderr
+        """
+    )
+    script = f"""
+        set -e
+        mount -t tmpfs opt /opt; cd /opt; mkdir itself itself/other elsewhere read-only
+        echo there > itself/file
+        mount --bind itself itself; mount --bind itself elsewhere
+        mount -t tmpfs other itself/other; echo of the other > itself/other/file
+        mount --bind read-only read-only; mount -o remount,bind,ro read-only
+        cd {pytester.path}; exec {sys.executable} -m pytest -p no:cacheprovider
+    """
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_a_container_needs_is_mounted(nsbox_container: Container) -> None:
     mounts = [line.split() for line in nsbox_container.read_text("/proc/mounts").splitlines()]
     kinds = {fields[1]: fields[2] for fields in mounts}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.kernel import cgroup_files as files
 from pytest_nsbox.kernel.cgroup_v1 import DriverV1
 from pytest_nsbox.kernel.cgroup_v2 import DriverV2, place
+from pytest_nsbox.kernel.mountinfo import unescape
 from pytest_nsbox.model.limits import Limits, Stats
 
 _V1_CONTROLLERS = {"cpu", "cpuacct", "cpuset", "memory", "pids", "blkio", "freezer"}
@@ -152,7 +152,7 @@ def _mounts() -> list[_Mount]:
     found = []
     for line in files.read("/proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
-        root, point = (_unescape(field) for field in left.split()[3:5])
+        root, point = (unescape(field) for field in left.split()[3:5])
         fstype, _, options = right.split(maxsplit=2)
         if fstype not in ("cgroup", "cgroup2"):
             continue
@@ -178,10 +178,6 @@ def _below(point: str, root: str, path: str) -> str | None:
     if ".." in path.split("/") or not path.startswith(root.rstrip("/") + "/"):
         return None
     return f"{point}/{path[len(root.rstrip('/')) + 1 :]}"
-
-
-def _unescape(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def remove_tree(path: str) -> None:

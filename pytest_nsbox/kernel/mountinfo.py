@@ -15,6 +15,8 @@ class MountPoint:
     path: str
     fstype: str
     read_only: bool
+    device: str  # of its filesystem, as major:minor
+    root: str  # the directory of that which is shown
 
 
 def mount_points() -> list[MountPoint]:
@@ -23,11 +25,18 @@ def mount_points() -> list[MountPoint]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             before, after = line.split(" - ", 1)
-            path, options = before.split(" ")[4:6]
-            if "\\" in path:
-                path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
-            found[path] = MountPoint(path, after.split(" ", 1)[0], options.split(",")[0] == "ro")
+            device, root, path, options = before.split(" ")[2:6]
+            path, fstype = unescape(path), after.split(" ", 1)[0]
+            read_only = options.split(",")[0] == "ro"
+            found[path] = MountPoint(path, fstype, read_only, device, unescape(root))
     return sorted(found.values(), key=lambda mount: mount.path)
+
+
+def unescape(field: str) -> str:
+    """A field with its octal escapes resolved (proc_pid_mountinfo(5))."""
+    if "\\" not in field:
+        return field
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 class MountWatch:

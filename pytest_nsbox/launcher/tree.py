@@ -364,7 +364,8 @@ def _top_with(layers: Sequence[str], path: str) -> str:
     return next((top + path for top in reversed(layers) if os.path.isdir(top + path)), path)
 
 
-def _other_filesystems(mounts: Iterable[MountPoint], where: str, order: Order) -> Iterator[Step]:
+def _other_filesystems(mounts: Sequence[MountPoint], where: str, order: Order) -> Iterator[Step]:
+    by_path = {mount.path: mount for mount in mounts}
     for number, mount in enumerate(mounts):
         if mount.path == "/" or mount.fstype in KERNEL_FILESYSTEMS:
             continue
@@ -374,9 +375,18 @@ def _other_filesystems(mounts: Iterable[MountPoint], where: str, order: Order) -
             continue
         if mount.read_only:
             yield BindMount(OLD + mount.path, NEW + mount.path, read_only=True)
-        else:
+        elif not _is_there_anyway(mount, by_path):
             scratch, frozen = f"{where}/mount{number}", _frozen(order, mount.path)
             yield SubOverlay(OLD + mount.path, scratch, NEW + mount.path, frozen=frozen)
+
+
+def _is_there_anyway(mount: MountPoint, mounts: Mapping[str, MountPoint]) -> bool:
+    """Whether it shows what would be there without it, as what dockerd keeps is mounted."""
+    above = next((mounts[path] for path in _parents(mount.path) if path in mounts), None)
+    if above is None:
+        return False
+    root = above.root.rstrip("/") + mount.path.removeprefix(above.path.rstrip("/"))
+    return (mount.device, mount.root, False) == (above.device, root, above.read_only)
 
 
 def _below(path: str, roots: Iterable[str]) -> bool:
