@@ -40,6 +40,7 @@ _RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 _INT = struct.calcsize("i")
 _ROOM = socket.CMSG_LEN(_MOST_FDS * _INT)
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().raw_decode
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -69,10 +70,11 @@ def encode(message: Message) -> bytes:
 def decode(payload: bytes) -> Message:
     """A message that has been received. Raises ValueError for what is none."""
     try:
-        message = json.loads(payload)
+        text = payload.decode()
+        message, end = _decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a message: {error}") from None
-    if not isinstance(message, dict):
+    if not isinstance(message, dict) or end < len(text):
         raise ValueError("not a message: it is no object")
     return message
 

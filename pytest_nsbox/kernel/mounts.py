@@ -297,7 +297,8 @@ class Device:
         except PermissionError:
             BindMount(self.source, self.target, read_only=True).do()
             return
-        os.chown(self.target, self.uid, self.gid)
+        if (self.uid, self.gid) != (os.geteuid(), os.getegid()):
+            os.chown(self.target, self.uid, self.gid)
         os.chmod(self.target, self.mode & 0o7777)
         libc.mount(self.target, self.target, None, MS_BIND)
 

@@ -23,6 +23,7 @@ from pytest_nsbox.model.order import Order
 
 OLD, NEW = "/oldroot", "/newroot"  # the host's root and the container's, while it is built
 CGROUP = "/cgroup-"  # and controllers: a link to the container's own cgroup
+_CGROUPS = "/cgroups"
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _MASKED = (  # as the OCI runtimes' default configuration has it
     "/proc/acpi",
@@ -94,11 +95,11 @@ def cgroup(hierarchies: Sequence[str]) -> Iterator[Step]:
     if hierarchies == [""]:
         yield from bound(CGROUP, root, MS_RDONLY)
     elif hierarchies:
-        yield Mount("cgroup", root, "tmpfs", _QUIET, "mode=755,size=64k")
+        # no filesystem of its own: the kernel goes through all there are when a cgroup goes
+        yield from (MakeDir(f"{_CGROUPS}/{controllers}") for controllers in hierarchies)
+        yield Mount(_CGROUPS, root, None, MS_BIND)
         for controllers in hierarchies:
-            point = f"{root}/{controllers}"
-            yield MakeDir(point)
-            yield from bound(CGROUP + controllers, point, MS_RDONLY)
+            yield from bound(CGROUP + controllers, f"{root}/{controllers}", MS_RDONLY)
         yield _remount(root, MS_RDONLY)
 
 
