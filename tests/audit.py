@@ -98,7 +98,31 @@ def _mounts() -> set[str]:
 
 
 def _cgroups() -> set[str]:
-    return {path for path, _, _ in os.walk("/sys/fs/cgroup") if "nsbox" in path}
+    """All but those that are made ahead for the next container of a living session."""
+    found = {path for path, _, _ in os.walk("/sys/fs/cgroup") if "nsbox" in path}
+    ahead = {_tail(path) for path in found if _is_untouched(path) and _lives(path.split("/")[-2])}
+    return {path for path in found if _tail(path) not in ahead}
+
+
+def _tail(path: str) -> str:
+    """A container's cgroup, the same in all hierarchies."""
+    return "/".join(path.split("/")[-2:])
+
+
+def _is_untouched(path: str) -> bool:
+    """Whether no process has ever run in a cgroup, where that is counted."""
+    with contextlib.suppress(OSError):
+        return Path(path, "cpuacct.usage").read_text() == "0\n"
+    with contextlib.suppress(OSError):
+        return Path(path, "cpu.stat").read_text().startswith("usage_usec 0\n")
+    return False
+
+
+def _lives(name: str) -> bool:
+    """Whether the launcher lives that a session, or a thing of it, is named after."""
+    found = re.search(r"[0-9a-f]{8}-(\d+)-(\d+)", name)
+    process = processes.find(int(found[1])) if found else None
+    return process is not None and found is not None and process.start == int(found[2])
 
 
 def _processes() -> set[str]:
@@ -126,8 +150,19 @@ def _files() -> set[str]:
     found = set()
     for root in roots:
         found |= set(glob.glob(root + "/**", recursive=True))
+    found -= {path for path in found if _is_layer_ahead(path)}
     temporary = {path for top in ("/tmp", "/var/tmp") for path in glob.glob(top + "/*nsbox*")}
     return found - {root + "/" for root in roots} - set(roots[1:]) | temporary
+
+
+def _is_layer_ahead(path: str) -> bool:
+    """As with the cgroups; nothing has ever been written to it."""
+    name = os.path.basename(path)
+    if not re.search(r"/writable/\w+-\d+-\d+-\d+$", path) or not _lives(name):
+        return False
+    with contextlib.suppress(OSError):
+        return not os.listdir(path)
+    return False
 
 
 def _descriptors() -> set[str]:

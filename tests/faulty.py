@@ -35,7 +35,8 @@ from errno import (
 from typing import Any
 
 HEAD = struct.Struct("=5i")  # who, k, errno, steps so far, whether it has failed
-AHEAD = struct.Struct("=2i")  # how many inits and containers may be made ahead; the launcher counts
+# how many inits, containers and footings may be made ahead; the launcher counts
+AHEAD = struct.Struct("=3i")
 _TEXT = HEAD.size + AHEAD.size  # where the kind and the object of the step that has failed are
 LAUNCHER, ZYGOTE, INIT = 1, 2, 3
 WHO = {LAUNCHER: "launcher", ZYGOTE: "zygote", INIT: "init"}
@@ -95,12 +96,21 @@ class Plan:
     @property
     def ahead(self) -> tuple[int, int]:
         """How many inits may still be forked ahead, and how many containers begun."""
-        inits, containers = AHEAD.unpack_from(self._memory, HEAD.size)
+        inits, containers, _ = AHEAD.unpack_from(self._memory, HEAD.size)
         return inits, containers
 
     @ahead.setter
     def ahead(self, most: tuple[int, int]) -> None:
-        AHEAD.pack_into(self._memory, HEAD.size, *most)
+        AHEAD.pack_into(self._memory, HEAD.size, *most, self.footings)
+
+    @property
+    def footings(self) -> int:
+        """The same for what containers stand on."""
+        return int(AHEAD.unpack_from(self._memory, HEAD.size)[2])
+
+    @footings.setter
+    def footings(self, most: int) -> None:
+        AHEAD.pack_into(self._memory, HEAD.size, *self.ahead, most)
 
     def disarm(self) -> tuple[int, str, str] | None:
         """The errno, the kind and the object of the step that has failed; None when it has not
@@ -142,11 +152,12 @@ def _error(number: int, kind: str, what: str) -> OSError:
 def ahead_as_allowed(shared: Plan) -> None:
     """Nothing is made ahead but when a test lets it, or it would go through the steps at its own
     time."""
+    from pytest_nsbox.launcher.footing import Footing
     from pytest_nsbox.launcher.pool import Kind, Pool
     from pytest_nsbox.launcher.zygote import Zygote
 
     may_fork, fork, wants, fill = Zygote.may_fork_ahead, Zygote.fork_ahead, Pool.wants, Pool.fill
-    lay = Zygote.lay_foundation
+    lay, make_footing = Zygote.lay_foundation, Footing.make_ahead
 
     def may_fork_ahead(self: Zygote) -> bool:
         return shared.ahead[0] > 0 and may_fork(self)
@@ -168,6 +179,11 @@ def ahead_as_allowed(shared: Plan) -> None:
         finally:
             one_init_less()
 
+    def make_footing_ahead(self: Footing, id: int) -> None:
+        if shared.footings > 0:
+            shared.footings -= 1
+            make_footing(self, id)
+
     def wants_as_allowed(self: Pool) -> Kind | None:
         return wants(self) if shared.ahead[1] > 0 else None
 
@@ -180,6 +196,7 @@ def ahead_as_allowed(shared: Plan) -> None:
 
     Zygote.may_fork_ahead, Zygote.fork_ahead = may_fork_ahead, fork_ahead  # type: ignore[method-assign]
     Zygote.lay_foundation = lay_foundation  # type: ignore[method-assign]
+    Footing.make_ahead = make_footing_ahead  # type: ignore[method-assign]
     Pool.wants, Pool.fill = wants_as_allowed, fill_and_count  # type: ignore[method-assign]
 
 

@@ -14,6 +14,7 @@ SAMPLES = {
     faults.ForkAhead: 12,
     faults.BuildAhead: 12,
     faults.TakeDown: 12,
+    faults.TakeDownAhead: 12,
     faults.End: 3,
     faults.EndAhead: 3,
 }

@@ -6,24 +6,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError, SetupError, UnsupportedError
 from pytest_nsbox.init.setup import Kind
-from pytest_nsbox.kernel import cgroup, libc, mounts
-from pytest_nsbox.kernel.cgroup import Cgroup
-from pytest_nsbox.kernel.inode_flags import spread
-from pytest_nsbox.kernel.mountinfo import mount_points
+from pytest_nsbox.kernel import libc, mounts
 from pytest_nsbox.kernel.namespaces import Home
 from pytest_nsbox.launcher import ledger, names
 from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.cover import lay_cover, place_of_cover
+from pytest_nsbox.launcher.footing import Footing
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.tree import Ground, Planner
 from pytest_nsbox.launcher.undo import Undo
@@ -36,7 +32,6 @@ from pytest_nsbox.launcher.wiring import (
     join,
 )
 from pytest_nsbox.launcher.zygote import VISITED, Init, InitFailed, Zygote, apart_by
-from pytest_nsbox.model.limits import Limits
 from pytest_nsbox.model.order import Order
 
 _PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
@@ -47,14 +42,12 @@ _SPELLS = 10  # of waiting, in these: see _next_word
 class Workshop:
     """What every container of a session is built with."""
 
-    cgroups: cgroup.Driver | None
+    footing: Footing
     ledger: ledger.Ledger
-    layers: Path
     zygote: Zygote
     janitor: Janitor
     home: Home
     planner: Planner = field(default_factory=Planner)
-    no_cgroups: str = ""  # why there are none
     in_userns: bool = False  # every mount is made in a user namespace
     cover: str | None = None  # then: the directory laid over the host's root
     may_pivot: bool = True  # or a filter of system calls refuses it
@@ -84,8 +77,8 @@ def begin(
         if joiners is not None and len(joiners) <= MOST_AT_ONCE and visited and set_before:
             join(container, joiners)
             have_connected(container)
-        container.cgroup = make_cgroup(f"c{id}", order.limits, workshop)
-        container.layer = _layer_on_disk(container, workshop)
+        container.cgroup = workshop.footing.cgroup_for(id, order)
+        container.layer = workshop.footing.layer_for(id, order)
         ground = Ground(
             layer=container.layer,
             size=size,
@@ -140,8 +133,7 @@ def _promise_undo(container: Container, workshop: Workshop) -> None:
 
     def remove_layer() -> None:
         if container.layer is not None:
-            file = workshop.ledger.file_of(container.layer)
-            workshop.janitor.remove(container.layer, file)
+            workshop.footing.remove_layer(container.layer)
 
     def remove_cgroup() -> None:
         # whoever has not ended by then will not while its cgroup is waited for
@@ -244,24 +236,6 @@ def _check_snapshot(order: Order, ground: Ground) -> None:
         )
 
 
-def make_cgroup(name: str, limits: Limits, workshop: Workshop) -> Cgroup | None:
-    """None where no limit is asked for and none could be kept. Raises UnsupportedError."""
-    if workshop.cgroups is None:
-        asked = [name for name, value in vars(limits).items() if value is not None]
-        if asked:
-            raise UnsupportedError(f"{asked[0]}= cannot be kept: {workshop.no_cgroups}")
-        return None
-    device = _device(workshop.layers) if limits.io is not None else None
-    return workshop.cgroups.create(name, limits, device)
-
-
-def _device(directory: Path) -> str:
-    """The device that a directory is on, as major:minor."""
-    directory.mkdir(parents=True, exist_ok=True)
-    number = directory.stat().st_dev
-    return f"{os.major(number)}:{os.minor(number)}"
-
-
 def _cover(order: Order, workshop: Workshop) -> str | None:
     """The user's own layer over the host's root, made when the first container needs it."""
     if not workshop.in_userns or order.layers:
@@ -272,32 +246,6 @@ def _cover(order: Order, workshop: Workshop) -> str | None:
         lay_cover(path)
         workshop.cover = str(path)
     return workshop.cover
-
-
-def _layer_on_disk(container: Container, workshop: Workshop) -> str | None:
-    """Where a memory limit is set, what is written must not count as memory: the pages of a
-    tmpfs cannot be reclaimed, so a large file would end the container. And where block I/O is
-    limited there has to be some."""
-    order = container.order
-    if order.disk is not None or (order.limits.memory is None and order.limits.io is None):
-        return None
-    if not _holds_layers(workshop.layers):
-        return None
-    path = f"{workshop.layers}/{workshop.ledger.name}-{container.id}"
-    workshop.ledger.record(ledger.LAYER, path)
-    os.makedirs(path, mode=0o700)
-    return path
-
-
-@functools.cache
-def _holds_layers(directory: Path) -> bool:
-    """An overlay cannot be the upper layer of another one, as of the kernel's
-    Documentation/filesystems/overlayfs.rst, and files on a tmpfs are memory wherever it is."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory.resolve()
-    over = [mount for mount in mount_points() if path.is_relative_to(mount.path)]
-    spread(path)
-    return max(over, key=lambda mount: len(mount.path)).fstype not in ("overlay", "tmpfs")
 
 
 def _size(order: Order) -> int | None:

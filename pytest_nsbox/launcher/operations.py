@@ -13,7 +13,6 @@ from pytest_nsbox import rootfs, wire
 from pytest_nsbox.errors import ContainerDied, SetupError, TeardownError, UnsupportedError
 from pytest_nsbox.kernel import processes
 from pytest_nsbox.launcher import ledger
-from pytest_nsbox.launcher.build import make_cgroup
 from pytest_nsbox.launcher.changes import Own, read_changes
 from pytest_nsbox.launcher.container import Container
 from pytest_nsbox.launcher.copying import copy_between
@@ -96,7 +95,8 @@ def snapshot(launcher: Launcher, message: Message, fds: list[int]) -> Work:
     """Freeze what a container, alive or dead, has written."""
     container = launcher.get(message)
     launcher.snapshots += 1
-    directory = launcher.workshop.layers / f"{launcher.ledger.name}-snapshot{launcher.snapshots}"
+    name = f"{launcher.ledger.name}-snapshot{launcher.snapshots}"
+    directory = launcher.workshop.footing.layers / name
     launcher.ledger.record(ledger.LAYER, str(directory))  # it is removed at the end by that
     directory.mkdir(mode=0o700, parents=True)
     go_on = _hold(container)
@@ -138,7 +138,7 @@ def update(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     """Change the limits of a running container."""
     container = launcher.get(message)
     if container.cgroup is None:
-        raise UnsupportedError(f"no limits can be kept: {launcher.workshop.no_cgroups}")
+        raise UnsupportedError(f"no limits can be kept: {launcher.workshop.footing.no_cgroups}")
     try:
         container.cgroup.update(Limits(**message["limits"]))
     except OSError as error:
@@ -150,7 +150,7 @@ def freeze(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     """Stop every process of a container where it is, or let them go on."""
     container = launcher.get(message)
     if container.cgroup is None:
-        raise UnsupportedError(f"cannot pause: {launcher.workshop.no_cgroups}")
+        raise UnsupportedError(f"cannot pause: {launcher.workshop.footing.no_cgroups}")
     container.paused = bool(message["frozen"])
     if container.paused:
         container.cgroup.freeze()
@@ -245,7 +245,7 @@ def import_rootfs(launcher: Launcher, message: Message, fds: list[int]) -> Reply
 
 def try_limits(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     """Whether limits can be kept, by a cgroup with nobody in it."""
-    group = make_cgroup("trial", Limits(**message["limits"]), launcher.workshop)
+    group = launcher.workshop.footing.make_cgroup("trial", Limits(**message["limits"]))
     if group is not None:
         group.remove()
     return {}, []
@@ -259,8 +259,9 @@ def open_way_out(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
 
 def describe(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     """What was found on this host, for the report header."""
-    driver = launcher.workshop.cgroups
-    cgroups = driver.describe() if driver else f"no limits: {launcher.workshop.no_cgroups}"
+    footing = launcher.workshop.footing
+    driver = footing.cgroups
+    cgroups = driver.describe() if driver else f"no limits: {footing.no_cgroups}"
     found = [launcher.standing.describe(), cgroups, launcher.way_out.describe()]
     return {"host": "; ".join(filter(None, found))}, []
 

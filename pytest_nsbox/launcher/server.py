@@ -31,6 +31,7 @@ from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import Workshop, begin, finish
 from pytest_nsbox.launcher.container import Container
+from pytest_nsbox.launcher.footing import Footing
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.neighbours import Neighbours
 from pytest_nsbox.launcher.networks import Networks
@@ -90,10 +91,10 @@ class Launcher:
         self.host = Host()
         self.host_ports = HostPorts(zygote)
         self.networks = Networks(self.host, self.undo, self.options["subnet"])
+        footing = Footing(self.ledger, cache / "writable", janitor)
         self.workshop = Workshop(
-            None,
+            footing,
             self.ledger,
-            cache / "writable",
             zygote,
             janitor,
             Home(("mnt", "ipc", "uts", "net")),
@@ -103,14 +104,15 @@ class Launcher:
         self.selector.register(zygote.watch, selectors.EVENT_READ, self._lay_foundation)
         try:
             driver = cgroup.detect(self.ledger.name)
-            self.workshop.cgroups = driver
+            footing.cgroups = driver
             # the containers' own are below these
             for path in driver.session_paths():
                 self.ledger.record(ledger.CGROUP, path)
             self.undo.push("rmdir session cgroup", driver.close)
         except UnsupportedError as error:
             why = self.options["no_scope"]
-            self.workshop.no_cgroups = str(error) + (f" ({why})" if why else "")
+            footing.no_cgroups = str(error) + (f" ({why})" if why else "")
+        self.undo.push("remove what was made ahead", footing.drop)
         self.way_out = WayOut(self.host, standing, self.ledger, self.options["uplink"])
         self.networks.way_out = self.way_out
         self.undo.push("close the way out", self.way_out.close)
@@ -328,8 +330,10 @@ class Launcher:
         container.kill("stopped")
         if later:
             self._leave_to_die(container)
-        else:
-            self._bury(container)
+            return
+        if container.alive and not self.pool.size:  # a pool makes whole ones
+            self.workshop.footing.make_ahead(self.last_id + 1)  # while it dies
+        self._bury(container)
 
     def _leave_to_die(self, container: Container) -> None:
         """Go on while the kernel takes it down; the addresses are free for the next one. So few

@@ -213,21 +213,27 @@ class TakeDown(Build):
 
     name = "taking down"
     who = (faulty.LAUNCHER,)
+    footings = 0
 
     def trial(self, who: int, k: int, choose: int) -> tuple[Fault | None, list[str], str | None]:
         text = None
         before = self.left()
         container = self.session.container(**SPEC)
+        self.plan.footings = self.footings
         self.plan.arm(who, k, choose)
         try:
             container.close()
         except NsboxError as error:
             text = said(error)
         fault = self.plan.disarm()
+        wrong = misnamed(fault, text)
+        if self.plan.footings:
+            wrong.append("no footing was made ahead")
+        wrong += self._goes_on()
         left = self.left_for_good(before)
         if text is not None:
             left = [line for line in left if not line.startswith(("cgroup ", "layer "))]
-        return fault, misnamed(fault, text) + left + self._goes_on(), text
+        return fault, wrong + left, text
 
     def _goes_on(self) -> list[str]:
         """What could not be removed is left to the end of the session, and hinders nobody."""
@@ -237,6 +243,13 @@ class TakeDown(Build):
         except (NsboxError, OSError) as error:
             return [f"not usable: {said(error)}"]
         return []
+
+
+class TakeDownAhead(TakeDown):
+    """The same, while what the next one stands on is made."""
+
+    name = "taking down, the next one's footing made"
+    footings = 1
 
 
 class Begin(Stage):
@@ -341,7 +354,7 @@ class EndAhead(End):
     ahead = 1, 1
 
 
-STAGES = (Begin, First, Build, ForkAhead, BuildAhead, TakeDown, End, EndAhead)
+STAGES = (Begin, First, Build, ForkAhead, BuildAhead, TakeDown, TakeDownAhead, End, EndAhead)
 
 
 def go_through(
