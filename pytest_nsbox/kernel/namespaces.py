@@ -45,11 +45,14 @@ class Home(contextlib.AbstractContextManager["Home"]):
     def away(self, namespaces: Mapping[str, int], root: int | None = None) -> Iterator[None]:
         """Be in others for a while: a descriptor of each by its kind, and of the root to have in
         that of mounts."""
-        entered = []
+        of: dict[int, list[str]] = {}  # a pidfd may stand for several
+        for kind, fd in namespaces.items():
+            of.setdefault(fd, []).append(kind)
+        entered: list[str] = []
         try:
-            for kind, fd in namespaces.items():
-                entered.append(kind)
-                libc.setns(fd, FLAGS[kind])
+            for fd, kinds in of.items():
+                entered += kinds
+                libc.setns(fd, sum(FLAGS[kind] for kind in kinds))
             if root is not None:
                 _be_at(root)
             yield

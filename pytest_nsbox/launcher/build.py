@@ -31,7 +31,7 @@ from pytest_nsbox.launcher.wiring import (
     have_connected,
     join,
 )
-from pytest_nsbox.launcher.zygote import VISITED, Init, InitFailed, Zygote, apart_by
+from pytest_nsbox.launcher.zygote import VISITED, VISITED_AGAIN, Init, InitFailed, Zygote, apart_by
 from pytest_nsbox.model.order import Order
 
 _PATIENCE = 20.0  # seconds until a kernel that does not answer is an error
@@ -149,8 +149,9 @@ def _build(container: Container, init: Init, steps: Sequence[mounts.Step], home:
     """Pay a visit, and take the steps to its file tree; name it if it is somebody already."""
     if init.root < 0:
         init.root = _await_apart(container)["root"]
+    kinds = VISITED_AGAIN if init.foundation else VISITED
     try:
-        with home.away(dict.fromkeys(VISITED, container.pidfd), init.root):
+        with home.away(dict.fromkeys(kinds, container.pidfd), init.root):
             if container.connected:
                 libc.sethostname(container.order.hostname)
             scratch = mounts.build(steps)

@@ -26,7 +26,7 @@ def make_order(
     *,
     trial: bool = False,
 ) -> Order:
-    """The order for one container."""
+    """The order for one container; what is `visible` is there by no symbolic link."""
     passthrough = tuple(os.path.realpath(path) for path in passthrough)
     kept = capabilities.resolve(spec.capabilities, own_network=spec.own_network)
     return Order(
@@ -50,7 +50,7 @@ def make_order(
         privileged=spec.privileged,
         timeout=spec.timeout,
         passthrough=passthrough,
-        visible=tuple(os.path.realpath(path) for path in visible),
+        visible=tuple(visible),
         brought=tuple(
             mount
             for mount in (brought.mounts if brought else ())

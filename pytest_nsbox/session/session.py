@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -293,7 +294,7 @@ class Session:
         trial: bool = False,
     ) -> Container:
         name = self._name(name)
-        visible = [*visible, sys.prefix, sys.base_prefix]
+        visible = [*map(os.path.realpath, visible), *_own_places()]
         used = [*self._used]
         try:
             order = make_order(spec, name, rootfs, passthrough, visible, brought, trial=trial)
@@ -429,6 +430,12 @@ def _ends(pid: int, timeout: float) -> bool:
 
 def _is_path(source: str) -> bool:
     return os.path.exists(source.partition("#")[0]) or ":" not in source
+
+
+@functools.cache
+def _own_places() -> tuple[str, ...]:
+    """Where this Python is, which every container shows."""
+    return (os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix))
 
 
 def _cache_directory() -> str:
