@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,8 @@ class Section:
 
     `settle`: each is run twice in a row and the second run counts, so that each pays for what it
     leaves to the kernel to clean up, and for nobody else's. `pause`: seconds before each.
-    `per`: what is relative is divided by this. `taken`: measures instead of taking turns.
+    `difference`: what is relative is one, not a ratio, round by round, or by `least` that of the
+    least times. `per`: it is divided by this. `taken`: measures instead of taking turns.
     """
 
     title: str
@@ -69,6 +71,7 @@ class Section:
     settle: bool = False
     pause: float = 0
     difference: bool = False
+    least: bool = False
     per: int = 1
     goals: list[Goal] = field(default_factory=list)
     remarks: list[str | Callable[[Times], str]] = field(default_factory=list)
@@ -76,11 +79,13 @@ class Section:
     taken: Callable[[], Times] | None = None
 
     def measure(self) -> Times:
-        """The first round is a warm-up and not counted, where rounds are not long."""
+        """The first round is a warm-up and not counted, where rounds are not long. Turns are taken
+        in another order each time, so that none always comes after the same other one."""
         cases = [self.floor] if self.taken else [*self.cases, self.floor]
+        order = random.Random(self.title)
         times: Times = {case.name: [] for case in cases}
         for number in range(-1 if self.warm_up else 0, self.runs):
-            for case in cases:
+            for case in order.sample(cases, len(cases)):
                 if self.settle:
                     time.sleep(self.pause)
                     case.once()
@@ -91,9 +96,11 @@ class Section:
         return {**self.taken(), **times} if self.taken else times
 
     def relative(self, times: Times, name: str) -> float | None:
-        """A case's cost relative to the base; differences are taken round by round."""
+        """A case's cost relative to the base."""
         if self.base not in times:
             return None
+        if self.least:
+            return least_difference(times, name, self.base)
         if self.difference:
             return difference(times, name, self.base) / self.per
         return ratio(name, self.base)(times)
@@ -145,6 +152,11 @@ def difference(times: Times, name: str, base: str) -> float:
     """The median of the differences, round by round."""
     pairs = zip(times[name], times[base], strict=True)
     return statistics.median(mine - its for mine, its in pairs)
+
+
+def least_difference(times: Times, name: str, base: str) -> float:
+    """The difference of the least of each, for one that is small beside what disturbs them."""
+    return min(times[name]) - min(times[base])
 
 
 def _quartiles(values: list[float]) -> list[float]:

@@ -130,8 +130,9 @@ class Bench:
             (directory / file).write_text(content)
         env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        chosen = [word for plugin in plugins.split() for word in ("-p", plugin)]
-        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen, *options]
+        # not by -p, for which pytest looks through all that is installed
+        env["PYTEST_PLUGINS"] = ",".join(plugins.split())
+        argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
 
         def once() -> None:
             done = subprocess.run(argv, cwd=directory, env=env, capture_output=True, text=True)

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 import pytest
 
 from pytest_nsbox.plugin import options
-from pytest_nsbox.plugin.elsewhere import on_linux
-from pytest_nsbox.plugin.specs import MARKER, defaults, keywords, marked, runs_inside, uses_fixture
+from pytest_nsbox.plugin.options import marked, on_linux, runs_inside, uses_fixture
+from pytest_nsbox.plugin.specs import defaults, keywords
 from pytest_nsbox.plugin.telling import is_first_worker, is_worker, tell
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """A marker that cannot mean anything is an error where its test is collected."""
-    report = yield
-    if report.passed:
-        errors = [
-            error
-            for item in report.result or ()
-            if isinstance(item, pytest.Item) and marked(item)
-            for error in _errors(item)
-        ]
-        if errors:
-            report.outcome = "failed"
-            report.longrepr = "\n".join(errors)
-            report.result = []
-    return report
+def check_markers(report: pytest.CollectReport, items: list[pytest.Item]) -> None:
+    """Have a report say what is wrong with the markers of what it has collected."""
+    errors = [error for item in items for error in _errors(item)]
+    if errors:
+        report.outcome = "failed"
+        report.longrepr = "\n".join(errors)
+        report.result = []
 
 
 def _errors(item: pytest.Item) -> list[str]:
@@ -51,34 +38,29 @@ def _hook_resolves(item: pytest.Item) -> bool:
     return bool(item.ihook.pytest_nsbox_resolve_rootfs.get_hookimpls())
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the launcher while pytest still has other things to do."""
-    if session.config.option.collectonly or session.testsfailed:
-        return
-    if on_linux() and any(runs_inside(item) or uses_fixture(item) for item in session.items):
-        from pytest_nsbox.plugin.boxes import boxes_of
+def begin(session: pytest.Session) -> None:
+    """Start the launcher, and find what the tests will lack."""
+    from pytest_nsbox.plugin.boxes import boxes_of
 
-        boxes_of(session.config).start()
-        if any(runs_inside(item) for item in session.items):
-            from pytest_nsbox.plugin.images import check_images
+    boxes_of(session.config).start()
+    if any(runs_inside(item) for item in session.items):
+        from pytest_nsbox.plugin.images import check_images
 
-            check_images(session)
-        if any(item.get_closest_marker(MARKER) for item in session.items):
-            from pytest_nsbox.plugin.crowd import warn_of_crowd
+        check_images(session)
+    if any(map(marked, session.items)):
+        from pytest_nsbox.plugin.crowd import warn_of_crowd
 
-            warn_of_crowd(session.config, session.items)
-        if is_worker(session.config) and is_first_worker(session.config):
-            # this process has no header to say it in
-            for text in _lacking(session.config, session.items):
-                tell(session.config, text)
+        warn_of_crowd(session.config, session.items)
+    if is_worker(session.config) and is_first_worker(session.config):
+        # this process has no header to say it in
+        for text in _lacking(session.config, session.items):
+            tell(session.config, text)
 
 
-def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    """Say how many tests get containers, and which of them are not confined."""
+def describe(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """For the header: how many tests get containers, and which of them are not confined."""
     inside = sum(runs_inside(item) for item in items)
     outside = sum(uses_fixture(item) for item in items)
-    if not inside + outside:
-        return []
     line = f"nsbox: {inside} tests inside containers, {outside} beside them"
     line += f" (rootfs {options.value(config, 'rootfs')}, {options.value(config, 'network')}"
     line += f" network {options.value(config, 'subnet')})"

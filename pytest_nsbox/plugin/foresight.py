@@ -14,7 +14,8 @@ from pytest_nsbox.errors import NsboxError, UnsupportedError
 from pytest_nsbox.model.spec import SandboxSpec
 from pytest_nsbox.plugin import options
 from pytest_nsbox.plugin.boxes import boxes_of
-from pytest_nsbox.plugin.specs import defaults, keywords, runs_inside, uses_fixture
+from pytest_nsbox.plugin.options import runs_inside, uses_fixture
+from pytest_nsbox.plugin.specs import defaults, keywords
 from pytest_nsbox.session.session import Session
 
 _SHOWN = 5  # of the tests that lack the same, without -v

@@ -10,7 +10,8 @@ import pytest
 from pytest_nsbox.errors import UnsupportedError
 from pytest_nsbox.plugin import options
 from pytest_nsbox.plugin.boxes import boxes_of
-from pytest_nsbox.plugin.specs import defaults, keywords, runs_inside
+from pytest_nsbox.plugin.options import runs_inside
+from pytest_nsbox.plugin.specs import defaults, keywords
 
 _PATHS = pytest.StashKey[list[str]]()
 

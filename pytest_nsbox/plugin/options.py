@@ -1,14 +1,16 @@
-"""The options: marker > command line > environment > ini > default."""
+"""What a run is told: the options (command line > environment > ini > default), and which of its
+tests want a container by them, by a marker or by a fixture."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_nsbox.plugin.telling import Controller
+MARKER = "sandbox"
 
 
 class Option:
@@ -171,6 +173,30 @@ def is_on(config: pytest.Config, name: str) -> bool:
     return bool(config.getini(name))
 
 
+def on_linux() -> bool:
+    return sys.platform == "linux"
+
+
+def marked(item: pytest.Item) -> bool:
+    return item.get_closest_marker(MARKER) is not None
+
+
+def uses_fixture(item: pytest.Item) -> bool:
+    """Whether it asks for an nsbox fixture, directly or through another one."""
+    names = getattr(item, "fixturenames", ())
+    return any(name.startswith("nsbox_") and name != "nsbox_spec" for name in names)
+
+
+def runs_inside(item: pytest.Item) -> bool:
+    """Whether the body of a test is run in a container."""
+    return (marked(item) or is_on(item.config, "all")) and not uses_fixture(item)
+
+
+def wants_container(item: pytest.Item) -> bool:
+    """Whether a test has anything to do with containers."""
+    return marked(item) or uses_fixture(item) or is_on(item.config, "all")
+
+
 def paths(config: pytest.Config) -> list[Path]:
     """The directories that bodies inside share with the host, from everywhere they are named."""
     named = [*(config.getoption("nsbox_passthrough", default=None) or ())]
@@ -189,6 +215,8 @@ def pytest_configure(config: pytest.Config) -> None:
         value(config, name)
     number(config, "pool")
     if config.getoption("dist", "no") != "no":  # of pytest-xdist, in its controller
+        from pytest_nsbox.plugin.telling import Controller
+
         config.pluginmanager.register(Controller(config))
     if value(config, "subnet") == OPTIONS["subnet"].default:
         return

@@ -9,27 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nsbox.plugin import options
+from pytest_nsbox.plugin.options import MARKER
 
 if TYPE_CHECKING:
     from pytest_nsbox.model.spec import SandboxSpec
-
-MARKER = "sandbox"
-
-
-def marked(item: pytest.Item) -> bool:
-    return item.get_closest_marker(MARKER) is not None
-
-
-def uses_fixture(item: pytest.Item) -> bool:
-    """Whether it asks for an nsbox fixture, directly or through another one."""
-    names = getattr(item, "fixturenames", ())
-    return any(name.startswith("nsbox_") and name != "nsbox_spec" for name in names)
-
-
-def runs_inside(item: pytest.Item) -> bool:
-    """Whether the body of a test is run in a container."""
-    wanted = marked(item) or options.is_on(item.config, "all")
-    return wanted and not uses_fixture(item)
 
 
 def keywords(item: pytest.Item) -> dict[str, Any]:
