@@ -1,18 +1,25 @@
-"""The helper process: python -m pytest_nsbox.launcher LIFELINE-FD PARENT-PID OPTIONS."""
+"""The helper process: python -m pytest_nsbox.launcher LIFELINE-FD PARENT-PID OPTIONS.
+
+What inits are forked from is started as soon as it can be: with all that is imported before it, a
+fork has more to copy, and its end more to undo.
+"""
 
 import json
 import signal
 import sys
 
 from pytest_nsbox.errors import UnsupportedError
-from pytest_nsbox.kernel.netlink import import_only_messages
-from pytest_nsbox.launcher.janitor import Janitor
-from pytest_nsbox.launcher.scope import enter_scope
-from pytest_nsbox.launcher.standing import Standing, take_standing
+from pytest_nsbox.kernel import userns
 from pytest_nsbox.launcher.zygote import Zygote
 
 # where the test process ignores it, so would this one, and could not wait for its children
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+early = Zygote.start() if userns.is_administrator() else None
+
+from pytest_nsbox.launcher.janitor import Janitor  # noqa: E402
+from pytest_nsbox.launcher.scope import enter_scope  # noqa: E402
+from pytest_nsbox.launcher.standing import Standing, take_standing  # noqa: E402
+
 refusal: UnsupportedError | None = None
 standing = Standing()
 no_scope = enter_scope(int(sys.argv[2]))
@@ -21,9 +28,10 @@ try:
 except UnsupportedError as error:
     refusal = error
 # these are in the user namespace, where there is one
-zygote, janitor = Zygote.start(), Janitor.start()
+zygote, janitor = early or Zygote.start(), Janitor.start()
 
-# after the forks: this is most of what a child would have to copy
+from pytest_nsbox.kernel.netlink import import_only_messages  # noqa: E402
+
 import_only_messages()
 from pytest_nsbox.launcher.server import main  # noqa: E402
 
