@@ -34,11 +34,13 @@ _LARGEST = 16 << 20
 _MOST_FDS = 253  # SCM_MAX_FD: with more, sending fails (EINVAL)
 _IN_MEMFD = b"*"
 # plain numbers: an operation on the enumerations that socket has them in takes longer than a call
-_NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
+NOSIGNAL, _CLOEXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
 _CUT = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)
-_RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
+RIGHTS = (int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS))
 _INT = struct.calcsize("i")
 _ROOM = socket.CMSG_LEN(_MOST_FDS * _INT)
+ONE_PACKET = (_PACKET, _ROOM, _CLOEXEC)
+"""The arguments of `socket.recvmsg` for a message."""
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().raw_decode
 
@@ -83,7 +85,7 @@ def send_bytes(sock: Socket, payload: bytes, fds: Iterable[int] = ()) -> None:
     """Send one that has been encoded and is small."""
     numbers = tuple(fds)
     beside = struct.pack(f"{len(numbers)}i", *numbers)
-    sock.sendmsg([payload], [(*_RIGHTS, beside)] if numbers else [], _NOSIGNAL)
+    sock.sendmsg([payload], [(*RIGHTS, beside)] if numbers else [], NOSIGNAL)
 
 
 def receive(sock: Socket, *, flags: int = 0) -> tuple[Message, list[int]] | None:
@@ -111,9 +113,16 @@ def receive_bytes(sock: Socket, *, flags: int = 0) -> tuple[bytes, list[int]] | 
         # that the other end is gone and has not read all of ours comes first, and once; then what
         # it has said
         payload, beside, found, _ = sock.recvmsg(_PACKET, _ROOM, flags | _CLOEXEC)
+    return unpack(payload, beside, found)
+
+
+def unpack(
+    payload: bytes, beside: list[tuple[int, int, bytes]], found: int
+) -> tuple[bytes, list[int]] | None:
+    """The same, of what `socket.recvmsg` has returned."""
     fds: list[int] = []
     for level, kind, data in beside:
-        if (level, kind) == _RIGHTS:
+        if (level, kind) == RIGHTS:
             fds += struct.unpack_from(f"{len(data) // _INT}i", data)
     if not payload:
         return None

@@ -203,7 +203,7 @@ def ahead_as_allowed(shared: Plan) -> None:
 def main() -> None:
     from pytest_nsbox import wire
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink, sysctl
-    from pytest_nsbox.launcher import ledger, zygote
+    from pytest_nsbox.launcher import forks, ledger
 
     shared, launcher = Plan(os.environ[FILE]), os.getpid()
     ahead_as_allowed(shared)
@@ -235,6 +235,7 @@ def main() -> None:
         before(os, name, name, first)
     for name in ("dup", "pidfd_open", "fork"):
         before(os, name, name)
+    before(libc, "fork_first", "fork")
     before(os, "pipe2", "pipe")
     before(wire, "pair", "socketpair")
     before(netlink.Netlink, "__init__", "netlink socket")
@@ -254,7 +255,7 @@ def main() -> None:
         real_send(self, requests)
 
     netlink.Netlink.send = send  # type: ignore[method-assign]
-    real_run, real_init = mounts.run, zygote.run_init
+    real_run, real_init = mounts.run, forks.run_init
 
     class Failing:
         def __init__(self, real: mounts.Step) -> None:
@@ -273,7 +274,7 @@ def main() -> None:
         real_init(*args)
 
     mounts.run = run
-    zygote.run_init = run_init  # type: ignore[assignment]
+    forks.run_init = run_init  # type: ignore[assignment]
     runpy.run_module("pytest_nsbox.launcher", run_name="__main__", alter_sys=True)
 
 

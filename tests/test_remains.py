@@ -18,7 +18,7 @@ import pytest
 from pytest_nsbox import ContainerDied, Session, TeardownError, wire
 from pytest_nsbox.init import setup
 from pytest_nsbox.kernel import cgroup
-from pytest_nsbox.launcher import ledger, zygote
+from pytest_nsbox.launcher import forks, ledger
 from tests.audit import Snapshot
 
 
@@ -173,10 +173,10 @@ def test_who_makes_a_user_namespace_does_not_outlive_the_zygote(
         os.write(tell, b"%d" % pid)
         signal.raise_signal(signal.SIGKILL)
 
-    monkeypatch.setattr(zygote, "_map_ids", be_killed)
+    monkeypatch.setattr(forks, "_map_ids", be_killed)
     pid = os.fork()
     if pid == 0:
-        zygote._fork_by_one_between(kind, tell)
+        forks._fork_by_one_between(kind, tell)
     between = int(os.read(told, 20))
     os.close(told)
     os.close(tell)

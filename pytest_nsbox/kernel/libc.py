@@ -92,6 +92,7 @@ _libc.syscall.restype = ctypes.c_long
 _mount, _unshare, _prctl, _capset = _libc.mount, _libc.unshare, _libc.prctl, _libc.capset
 _prctl_text = _libc["prctl"]
 _prctl_text.argtypes = (ctypes.c_int, ctypes.c_char_p) + (ctypes.c_ulong,) * 3
+_setns = _libc.setns
 _fork = ctypes.PyDLL(None, use_errno=True).fork  # which keeps the interpreter lock, as os.fork
 
 
@@ -128,6 +129,23 @@ def fork() -> int:
     return _check(_fork(), "fork")
 
 
+def fork_first(own: int) -> int:
+    """Fork the first process of a new PID namespace; the caller's later children are to be in its
+    `own` one, a descriptor, again (unshare(2), fork(2), setns(2))."""
+    if _unshare(CLONE_NEWPID) < 0:
+        _check(-1, "unshare CLONE_NEWPID")
+    pid: int = _fork()
+    if pid == 0:
+        return 0
+    number = ctypes.get_errno()
+    # who does not return is lost, so what a kernel short of memory refuses is tried again
+    if _setns(own, CLONE_NEWPID) < 0 and _setns(own, CLONE_NEWPID) < 0:
+        _check(_setns(own, CLONE_NEWPID), "setns CLONE_NEWPID")
+    if pid < 0:
+        raise OSError(number, f"fork: {os.strerror(number)}")
+    return pid
+
+
 @contextlib.contextmanager
 def rehearsal() -> Iterator[None]:
     """Within, what would change the calling process does nothing, and succeeds."""
@@ -148,7 +166,7 @@ def unshare(flags: int) -> None:
 
 def setns(fd: int, flags: int) -> None:
     """Enter the namespaces `flags` of what `fd` refers to, a pidfd or a namespace (setns(2))."""
-    if _libc.setns(fd, flags) < 0:
+    if _setns(fd, flags) < 0:
         _check(-1, f"setns {flag_names(flags)}")
 
 

@@ -1,33 +1,25 @@
-"""The process that inits are forked from: small, so that a fork has little to copy.
-
-The launcher forks it before it imports what it needs itself. It stays in the host's network
-namespace, and dies with the launcher.
-"""
+"""The launcher's handle on the process that inits are forked from: small, so that a fork has little
+to copy, as it is forked before the launcher imports what it needs itself."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import select
-import signal
 import socket
-from _socket import socket as Socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError, UnsupportedError
-from pytest_nsbox.init.rehearsal import rehearse
-from pytest_nsbox.init.setup import Kind, run_init
-from pytest_nsbox.kernel import libc, mounts, namespaces, processes, userns
+from pytest_nsbox.errors import ContainerDied, NsboxError, SetupError
+from pytest_nsbox.init.setup import Kind
+from pytest_nsbox.kernel import mounts
 from pytest_nsbox.kernel.mountinfo import MountWatch
 from pytest_nsbox.kernel.namespaces import Home
+from pytest_nsbox.launcher.forks import live
 
 # the namespaces that the launcher goes to: before the foundation is laid, and after that
 VISITED, VISITED_AGAIN = ("mnt", "ipc", "uts", "net"), ("mnt", "uts")
-# a kernel may be without the second
-_LEFT_BY_CHILDREN = [kind for kind in ("pid", "time") if os.path.exists(f"/proc/self/ns/{kind}")]
 
 
 class InitFailed(Exception):
@@ -60,7 +52,7 @@ class _Ahead:
 
 
 class Zygote:
-    """The launcher's handle on it. It answers what it is asked in the order that it is asked in."""
+    """It answers what it is asked in the order that it is asked in."""
 
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self._pid = pid
@@ -77,7 +69,7 @@ class Zygote:
         pid = os.fork()
         if pid == 0:
             try:
-                _live(theirs)
+                live(theirs)
             finally:
                 os._exit(0)
         theirs.close()
@@ -227,138 +219,3 @@ def last_word(line: socket.socket) -> wire.Message | None:
             if "error" in message:
                 return dict(message["error"])
     return None
-
-
-def _live(launcher: socket.socket) -> None:
-    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
-    libc.set_process_name("nsbox-zygote")
-    os.chdir("/")  # who changes the root of an init takes along what is there (pivot_root(2))
-    with contextlib.suppress(OSError):  # then each learns for itself
-        rehearse()
-    # for all inits, too: each call there would copy pages
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_DFL)
-    os.umask(0o022)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: wait(2), NOTES
-    processes.close_all_but([launcher.fileno()])
-    userns.is_complete(), userns.overflow_ids()  # for all inits, while /proc is to be seen
-    line = Socket(fileno=launcher.detach())
-    home = {kind: namespaces.open_namespace(kind) for kind in _LEFT_BY_CHILDREN}
-    # a collection in a child would write to, and so copy, every page with an object in it
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    kinds: dict[bytes, Kind] = {}  # by the requests for them, which need not be read again
-    while (received := wire.receive_bytes(line)) is not None:
-        payload, fds = received
-        try:
-            if payload not in kinds and "kind" in (message := wire.decode(payload)):
-                kinds[payload] = Kind.from_wire(message["kind"])
-            if payload in kinds:
-                pid = _fork(kinds[payload], fds[0], home)
-            else:
-                pid = _fork_forwarder(int(message["forward"]), str(message["network"]), fds)
-            pidfd = os.pidfd_open(pid)
-        except Exception as error:
-            wire.send(line, {"error": wire.dump_error(error)})
-        else:
-            wire.send_bytes(line, b'{"pid":%d}' % pid, (pidfd,))
-            os.close(pidfd)
-        finally:
-            wire.close_all(fds)
-
-
-def _fork_forwarder(port: int, network: str, fds: list[int]) -> int:
-    def forward() -> None:
-        from pytest_nsbox.launcher.forwarder import forward_to_loopback  # not for each init
-
-        gc.enable()
-        forward_to_loopback(fds[0], port, fds[1] if fds[1:] else None, network)
-
-    return processes.fork_child("nsbox-port", fds, forward)
-
-
-def _fork(kind: Kind, line: int, home: dict[str, int]) -> int:
-    """Fork PID 1; later children of this process are not to be in its namespaces."""
-    if kind.in_userns:
-        return _fork_by_one_between(kind, line)
-    try:
-        return _fork_into_new(kind, line)
-    finally:
-        namespaces.return_to(home["pid"], libc.CLONE_NEWPID)
-        if kind.uptime is not None and "time" in home:
-            namespaces.return_to(home["time"], libc.CLONE_NEWTIME)
-
-
-def _fork_into_new(kind: Kind, line: int, between: int | None = None) -> int:
-    """Fork the first process of new PID and time namespaces."""
-    libc.unshare(libc.CLONE_NEWPID)
-    if kind.uptime is not None:
-        _set_uptime(kind.uptime)
-    pid = libc.fork()
-    if pid == 0:
-        run_init(Socket(fileno=line), kind, between)
-    return pid
-
-
-def _set_uptime(seconds: float) -> None:
-    try:
-        libc.unshare(libc.CLONE_NEWTIME)
-        namespaces.set_uptime(seconds)
-    except OSError as error:
-        raise UnsupportedError(
-            f"uptime={seconds:g}: the clocks of a time namespace cannot be set here: "
-            f"{error.strerror}; it takes CAP_SYS_TIME (in a container: --cap-add SYS_TIME) and "
-            "a kernel with time namespaces"
-        ) from error
-
-
-def _fork_by_one_between(kind: Kind, line: int) -> int:
-    """The same where the zygote could not return: out of a new user namespace, whose own all the
-    others must be, nobody can; to the host's PID namespace only the host's root can.
-
-    So one between makes them, forks PID 1 and ends; the zygote, a subreaper, is then its parent.
-    In a user namespace all ids are mapped to themselves: files keep their owners, and root inside
-    has no capability outside.
-    """
-    ours, theirs = wire.pair()
-    with ours, theirs:
-        between = os.fork()
-        if between == 0:
-            ours.close()  # or it would wait for a zygote that has been killed
-            _between(kind, line, theirs)
-        theirs.close()
-        try:
-            if kind.own_userns:
-                _map_ids(between, ours)
-            return int(wire.reply_of(ours)[0]["pid"])
-        finally:
-            ours.close()
-            with contextlib.suppress(ChildProcessError):  # the kernel has reaped it
-                os.waitpid(between, 0)
-
-
-def _map_ids(pid: int, asked: socket.socket) -> None:
-    """When it is in its user namespace, give it the ids that there are here."""
-    wire.reply_of(asked)
-    for kind in ("uid", "gid"):
-        with open(f"/proc/{pid}/{kind}_map", "w", encoding="ascii") as file:
-            file.write(userns.onto_itself(kind))
-    wire.send(asked, {})
-
-
-def _between(kind: Kind, line: int, zygote: socket.socket) -> None:
-    try:
-        if kind.own_userns:
-            libc.unshare(libc.CLONE_NEWUSER)
-            wire.send(zygote, {})
-            if wire.receive(zygote) is None:
-                return
-        own = os.pidfd_open(os.getpid())
-        pid = _fork_into_new(kind, line, own)
-        wire.send(zygote, {"pid": pid})
-    except (NsboxError, OSError) as error:
-        wire.send(zygote, {"error": wire.dump_error(error)})
-    finally:
-        os._exit(0)
