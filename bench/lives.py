@@ -48,12 +48,14 @@ def create(bench: Bench) -> Section:
         "One container's whole life, from the call that makes it to the return of the call "
         "that has taken it down; the session is open already, as it is in a test run, and makes "
         "no container ahead, only what any next one begins with: once one has been made, a process "
-        "in namespaces of its own, with `/proc`, `/sys` and `/dev`. Every case is run twice in a "
-        "row, and the second run counts: a network namespace is taken down by the kernel in the "
-        "background, and the next creation waits for it. The peers are started by posix_spawn(3) "
-        "from a small process, and their time ends with their exit. crun has the configuration "
-        "that `crun spec` writes, with the same limits. The floor program is `bench/floor.py`: the "
-        "system calls of a container, as few as can be, one after the other.",
+        "in namespaces of its own, with `/proc`, `/sys` and `/dev`; and, while one ends, an empty "
+        "control group and an empty directory for the next. Turns are taken in another order each "
+        "time. Every case is run twice in a row, and the second run counts: a network namespace is "
+        "taken down by the kernel in the background, and the next creation waits for it. The peers "
+        "are started by posix_spawn(3) from a small process, and their time ends with their exit. "
+        "crun has the configuration that `crun spec` writes, with the same limits. The floor "
+        "program is `bench/floor.py`: the system calls of a container, as few as can be, one after "
+        "the other.",
         _lives(bench),
         CRUN,
         bench.runs,

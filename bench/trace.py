@@ -105,7 +105,7 @@ def _launch() -> None:
     from pytest_nsbox.init import serve, setup
     from pytest_nsbox.init.confine import Confinement
     from pytest_nsbox.kernel import cgroup_files, libc, mounts, netlink
-    from pytest_nsbox.launcher import tree, zygote
+    from pytest_nsbox.launcher import footing, tree, zygote
 
     notes = Notes(os.environ[_FILE])
     wrap = notes.wrap
@@ -130,6 +130,7 @@ def _launch() -> None:
     wrap(tree.Planner, "plan", "plan the mounts")
     wrap(setup, "connect", "connect with networks, or wait for the order")
     wrap(zygote.Zygote, "lay_foundation", "lay the foundation of the next")
+    wrap(footing.Footing, "make_ahead", "make what the next stands on")
     wrap(Confinement, "apply", "capabilities, seccomp")
     wrap(libc, "set_process_name", "call it {0}")
     wrap(serve.Server, "handle", "do what is asked for")
