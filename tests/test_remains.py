@@ -19,6 +19,7 @@ from pytest_nsbox import ContainerDied, Session, TeardownError, wire
 from pytest_nsbox.init import setup
 from pytest_nsbox.kernel import cgroup
 from pytest_nsbox.launcher import forks, ledger
+from pytest_nsbox.model.units import parse_size
 from tests.audit import Snapshot
 
 
@@ -302,3 +303,42 @@ def test_a_layer_is_swept_after_a_reboot(nothing_left: Snapshot) -> None:
         session.describe()
     assert not layer.exists()
     assert not on_disk.exists()
+
+
+def of_the_next_one(session: Session) -> list[Path]:
+    """What has been made ahead of container 2."""
+    assert session._launcher is not None
+    (rows,) = ledger.state_directory().glob(f"*-{session._launcher.pid}-*")
+    cgroups = [Path(path) for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith("/c2")]
+    layer = ledger.cache_directory() / "writable" / f"{rows.name}-2"
+    return [layer, *(path for path in cgroups if path.parent.name == f"nsbox-{rows.name}")]
+
+
+def test_what_was_made_ahead_goes_with_a_killed_launcher(nothing_left: Snapshot) -> None:
+    session = Session()
+    session.container(memory="64M").close()
+    ahead = of_the_next_one(session)
+    assert len(ahead) > 1
+    assert all(path.is_dir() for path in ahead)
+    assert session._launcher is not None
+    session._launcher.kill()
+    with pytest.raises(TeardownError):
+        session.close()
+    assert not any(path.exists() for path in ahead)
+
+
+@pytest.mark.parametrize("next_one", [{"memory": "64M"}, {"memory": "32M"}, {"pids": 9}, {}])
+def test_one_that_is_unlike_the_last_does_not_get_what_was_made_for_one_like_it(
+    next_one: dict[str, Any], nothing_left: Snapshot
+) -> None:
+    with Session() as session:
+        session.container(memory="64M").close()
+        layer, *cgroups = of_the_next_one(session)
+        inodes = [path.stat().st_ino for path in cgroups]
+        with session.container(**next_one) as container:
+            like = next_one == {"memory": "64M"}
+            assert layer.exists() == ("memory" in next_one)
+            assert ([path.stat().st_ino for path in cgroups if path.exists()] == inodes) == like
+            limit = parse_size(next_one["memory"]) if "memory" in next_one else None
+            assert container.stats().memory_limit == limit
+            container.run(["true"], check=True)

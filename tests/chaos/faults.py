@@ -248,7 +248,7 @@ class TakeDown(Build):
 class TakeDownAhead(TakeDown):
     """The same, while what the next one stands on is made."""
 
-    name = "taking down, the next one's footing made"
+    name = "with a footing made ahead"
     footings = 1
 
 
