@@ -58,7 +58,7 @@ class Section:
 
     `settle`: each is run twice in a row and the second run counts, so that each pays for what it
     leaves to the kernel to clean up, and for nobody else's. `pause`: seconds before each.
-    `difference`: what is relative is one, not a ratio, round by round, or by `least` that of the
+    `difference`: what is relative is one, not a ratio, round by round; with `of_least` that of the
     least times. `per`: it is divided by this. `taken`: measures instead of taking turns.
     """
 
@@ -71,7 +71,7 @@ class Section:
     settle: bool = False
     pause: float = 0
     difference: bool = False
-    least: bool = False
+    of_least: bool = False
     per: int = 1
     goals: list[Goal] = field(default_factory=list)
     remarks: list[str | Callable[[Times], str]] = field(default_factory=list)
@@ -99,10 +99,9 @@ class Section:
         """A case's cost relative to the base."""
         if self.base not in times:
             return None
-        if self.least:
-            return least_difference(times, name, self.base)
         if self.difference:
-            return difference(times, name, self.base) / self.per
+            found = least_difference if self.of_least else difference
+            return found(times, name, self.base) / self.per
         return ratio(name, self.base)(times)
 
     def report(self, times: Times) -> Iterator[str]:

@@ -49,7 +49,7 @@ def collect(bench: Bench) -> Section:
         bench.runs * 2,
         bench.floor,
         difference=True,
-        least=True,
+        of_least=True,
         goals=[
             Goal(
                 "the plugin, unused",
@@ -57,7 +57,8 @@ def collect(bench: Bench) -> Section:
                 lambda times: least_difference(times, on, off),
                 unit=" ms",
                 hindrance="Its hooks, fixtures and options are read and registered one by one: "
-                "`PYTEST_PLUGINS=pytest_nsbox.plugin python -X importtime -m pytest --version`.",
+                "`PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=pytest_nsbox.plugin "
+                "python -X importtime -m pytest --collect-only`.",
             )
         ],
     )

@@ -77,7 +77,7 @@ def decode(payload: bytes) -> Message:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not a message: {error}") from None
     if not isinstance(message, dict) or end < len(text):
-        raise ValueError("not a message: it is no object")
+        raise ValueError("not a message: it is not one object")
     return message
 
 

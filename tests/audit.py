@@ -100,13 +100,23 @@ def _mounts() -> set[str]:
 def _cgroups() -> set[str]:
     """All but those that are made ahead for the next container of a living session."""
     found = {path for path, _, _ in os.walk("/sys/fs/cgroup") if "nsbox" in path}
-    ahead = {_tail(path) for path in found if _is_untouched(path) and _lives(path.split("/")[-2])}
+    ahead = _last({_tail(path) for path in found}) & set(map(_tail, filter(_is_untouched, found)))
     return {path for path in found if _tail(path) not in ahead}
 
 
 def _tail(path: str) -> str:
     """A container's cgroup, the same in all hierarchies."""
     return "/".join(path.split("/")[-2:])
+
+
+def _last(names: set[str]) -> set[str]:
+    """Of things that are named after living sessions and numbered, the last of each session."""
+    numbered: dict[str, tuple[int, str]] = {}
+    for name in names:
+        parts = re.fullmatch(r"(?:.*nsbox-)?([0-9a-f]{8}-\d+-\d+)(?:/c|-)(\d+)", name)
+        if parts and _lives(parts[1]):
+            numbered[parts[1]] = max(numbered.get(parts[1], (0, "")), (int(parts[2]), name))
+    return {name for _, name in numbered.values()}
 
 
 def _is_untouched(path: str) -> bool:
@@ -119,10 +129,10 @@ def _is_untouched(path: str) -> bool:
 
 
 def _lives(name: str) -> bool:
-    """Whether the launcher lives that a session, or a thing of it, is named after."""
-    found = re.search(r"[0-9a-f]{8}-(\d+)-(\d+)", name)
-    process = processes.find(int(found[1])) if found else None
-    return process is not None and found is not None and process.start == int(found[2])
+    """Whether the launcher lives that a session is named after."""
+    _, pid, start = name.split("-")
+    process = processes.find(int(pid))
+    return process is not None and process.start == int(start)
 
 
 def _processes() -> set[str]:
@@ -150,16 +160,13 @@ def _files() -> set[str]:
     found = set()
     for root in roots:
         found |= set(glob.glob(root + "/**", recursive=True))
-    found -= {path for path in found if _is_layer_ahead(path)}
+    layers = {os.path.basename(path): path for path in found if path.startswith(roots[1] + "/")}
+    found -= {layers[name] for name in _last(set(layers)) if _is_empty(layers[name])}
     temporary = {path for top in ("/tmp", "/var/tmp") for path in glob.glob(top + "/*nsbox*")}
     return found - {root + "/" for root in roots} - set(roots[1:]) | temporary
 
 
-def _is_layer_ahead(path: str) -> bool:
-    """As with the cgroups; nothing has ever been written to it."""
-    name = os.path.basename(path)
-    if not re.search(r"/writable/\w+-\d+-\d+-\d+$", path) or not _lives(name):
-        return False
+def _is_empty(path: str) -> bool:
     with contextlib.suppress(OSError):
         return not os.listdir(path)
     return False

@@ -8,6 +8,7 @@ through all steps, in the launcher, in the zygote and in the inits that it forks
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import os
@@ -225,6 +226,20 @@ def main() -> None:
 
         setattr(owner, name, wrapped)
 
+    def instead_of(name: str, kind: str) -> None:
+        """The C function itself, where several of ours call it: it fails by errno."""
+        real = getattr(libc, name)
+
+        def failing(*args: Any) -> Any:
+            try:
+                shared.step(who, kind, "")
+            except OSError as error:
+                ctypes.set_errno(error.errno or 0)
+                return -1
+            return real(*args)
+
+        setattr(libc, name, failing)
+
     def first(*args: Any) -> object:
         return args[0] if isinstance(args[0], (str, os.PathLike)) else ""
 
@@ -235,14 +250,15 @@ def main() -> None:
         before(os, name, name, first)
     for name in ("dup", "pidfd_open", "fork"):
         before(os, name, name)
-    before(libc, "fork_first", "fork")
     before(os, "pipe2", "pipe")
     before(wire, "pair", "socketpair")
     before(netlink.Netlink, "__init__", "netlink socket")
     before(cgroup_files, "write", "write", first)
     before(sysctl, "write", "sysctl", first)
-    for name in ("eventfd", "fork", "unshare", "setns", "prctl", "capset", "seccomp_set_filter"):
+    for name in ("eventfd", "prctl", "capset", "seccomp_set_filter"):
         before(libc, name, name)
+    for name in ("fork", "unshare", "setns"):
+        instead_of(f"_{name}", name)
     for name in ("sethostname", "umount2", "pivot_root", "open_tree", "make_read_only"):
         before(libc, name, name, first)
     before(libc, "mount", "mount", second)

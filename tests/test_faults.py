@@ -17,6 +17,7 @@ SAMPLES = {
     faults.TakeDownAhead: 12,
     faults.End: 3,
     faults.EndAhead: 3,
+    faults.EndUnused: 3,
 }
 
 

@@ -103,6 +103,9 @@ def test_what_is_mounted_onto_itself_needs_no_mount(pytester: pytest.Pytester) -
             assert nsbox_container.read_text("/opt/elsewhere/file") == "there\\n"
             assert "/opt/elsewhere" in mounted
 
+        def test_what_it_is_on_is_hidden(nsbox_container):
+            assert nsbox_container.read_text("/opt/hidden/q/c/file") == "of q\\n"
+
         def test_read_only(nsbox_container):
             done = nsbox_container.run(["touch", "/opt/read-only/new"])
             assert "Read-only" in done.stderr
@@ -114,6 +117,8 @@ def test_what_is_mounted_onto_itself_needs_no_mount(pytester: pytest.Pytester) -
         echo there > itself/file
         mount --bind itself itself; mount --bind itself elsewhere
         mount -t tmpfs other itself/other; echo of the other > itself/other/file
+        mkdir -p q/c hidden/q; echo of q > q/c/file; mount --bind q hidden/q
+        mount -t tmpfs over hidden; mkdir -p hidden/q/c; mount --bind q/c hidden/q/c
         mount --bind read-only read-only; mount -o remount,bind,ro read-only
         cd {pytester.path}; exec {sys.executable} -m pytest -p no:cacheprovider
     """

@@ -15,8 +15,11 @@ class MountPoint:
     path: str
     fstype: str
     read_only: bool
+    id: str
+    parent: str  # the id of the mount that it is on
     device: str  # of its filesystem, as major:minor
     root: str  # the directory of that which is shown
+    idmapped: bool
 
 
 def mount_points() -> list[MountPoint]:
@@ -25,10 +28,18 @@ def mount_points() -> list[MountPoint]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             before, after = line.split(" - ", 1)
-            device, root, path, options = before.split(" ")[2:6]
-            path, fstype = unescape(path), after.split(" ", 1)[0]
-            read_only = options.split(",")[0] == "ro"
-            found[path] = MountPoint(path, fstype, read_only, device, unescape(root))
+            id, parent, device, root, path, flags = before.split(" ")[:6]
+            path, options = unescape(path), flags.split(",")
+            found[path] = MountPoint(
+                path=path,
+                fstype=after.split(" ", 1)[0],
+                read_only=options[0] == "ro",
+                id=id,
+                parent=parent,
+                device=device,
+                root=unescape(root),
+                idmapped="idmapped" in options,
+            )
     return sorted(found.values(), key=lambda mount: mount.path)
 
 

@@ -42,7 +42,6 @@ class Footing:
 
     def cgroup_for(self, id: int, order: Order) -> Cgroup | None:
         """None where no limit is asked for and none could be kept. Raises UnsupportedError."""
-        self._last = order
         ahead = self._ahead
         if ahead is not None and (ahead.id, ahead.order.limits) != (id, order.limits):
             self.drop()  # it has the name, too
@@ -57,11 +56,14 @@ class Footing:
         limited there has to be some."""
         ahead, self._ahead = self._ahead, None
         layer = None if ahead is None else ahead.layer
+        self._last = None if order.trial else order
         if not self._on_disk(order):
             if layer is not None:
                 self.remove_layer(layer)
             return None
-        return layer or self._make_layer(id)
+        if layer is None or not os.path.isdir(layer):  # somebody has tidied up meanwhile
+            return self._make_layer(id)
+        return layer
 
     def make_ahead(self, id: int) -> None:
         """For container `id`, if it will be like the last one. What goes wrong is said when it is

@@ -74,14 +74,19 @@ def _fork_plain_ones(
         payload, beside, found, _ = line.recvmsg(*wire.ONE_PACKET)
         if payload not in plain or not beside:
             return wire.unpack(payload, beside, found)
-        (init_line,) = _FD.unpack(beside[0][2])
+        (init_line,) = _FD.unpack_from(beside[0][2])
         try:
             pid = libc.fork_first(own)
             if pid == 0:
-                run_init(Socket(fileno=init_line), plain[payload])
+                try:
+                    run_init(Socket(fileno=init_line), plain[payload])
+                finally:
+                    os._exit(1)
             pidfd = os.pidfd_open(pid)
-            line.sendmsg([_TOLD % pid], [(*wire.RIGHTS, _FD.pack(pidfd))], wire.NOSIGNAL)
-            os.close(pidfd)
+            try:
+                line.sendmsg([_TOLD % pid], [(*wire.RIGHTS, _FD.pack(pidfd))], wire.NOSIGNAL)
+            finally:
+                os.close(pidfd)
         except Exception as error:
             wire.send(line, {"error": wire.dump_error(error)})
         finally:
@@ -135,7 +140,10 @@ def _fork_into_new(kind: Kind, line: int, between: int | None = None) -> int:
         _set_uptime(kind.uptime)
     pid = libc.fork()
     if pid == 0:
-        run_init(Socket(fileno=line), kind, between)
+        try:
+            run_init(Socket(fileno=line), kind, between)
+        finally:
+            os._exit(1)
     return pid
 
 

@@ -331,9 +331,11 @@ class Launcher:
         if later:
             self._leave_to_die(container)
             return
-        if container.alive and not self.pool.size:  # a pool makes whole ones
-            self.workshop.footing.make_ahead(self.last_id + 1)  # while it dies
-        self._bury(container)
+        try:
+            if container.alive and not self.pool.size:  # a pool makes whole ones
+                self.workshop.footing.make_ahead(self.last_id + 1)  # while it dies
+        finally:
+            self._bury(container)
 
     def _leave_to_die(self, container: Container) -> None:
         """Go on while the kernel takes it down; the addresses are free for the next one. So few

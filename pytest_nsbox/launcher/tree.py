@@ -383,10 +383,11 @@ def _other_filesystems(mounts: Sequence[MountPoint], where: str, order: Order) -
 def _is_there_anyway(mount: MountPoint, mounts: Mapping[str, MountPoint]) -> bool:
     """Whether it shows what would be there without it, as what dockerd keeps is mounted."""
     above = next((mounts[path] for path in _parents(mount.path) if path in mounts), None)
-    if above is None:
+    if above is None or above.id != mount.parent or above.read_only:
         return False
     root = above.root.rstrip("/") + mount.path.removeprefix(above.path.rstrip("/"))
-    return (mount.device, mount.root, False) == (above.device, root, above.read_only)
+    there = (mount.device, mount.root) == (above.device, root)
+    return there and not (mount.idmapped or above.idmapped)
 
 
 def _below(path: str, roots: Iterable[str]) -> bool:

@@ -1,5 +1,5 @@
-"""The launcher's handle on the process that inits are forked from: small, so that a fork has little
-to copy, as it is forked before the launcher imports what it needs itself."""
+"""The launcher's handle on the process that inits are forked from. It is forked before the launcher
+imports what it needs itself, so that it is small, and a fork of it has little to copy."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ class First(Begin):
     """The first container of a session: the bridge, and the way out."""
 
     name = "the first container"
-    who = (faulty.LAUNCHER,)
+    who = (faulty.LAUNCHER, faulty.ZYGOTE)
 
     def trial(self, who: int, k: int, choose: int) -> tuple[Fault | None, list[str], str | None]:
         text = None
@@ -330,10 +330,14 @@ class End(Begin):
     name = "ending a session"
     who = (faulty.LAUNCHER,)
     ahead = 0, 0
+    footings = 0
 
     def trial(self, who: int, k: int, choose: int) -> tuple[Fault | None, list[str], str | None]:
         text = None
         session = Session(pool=self.ahead[1])
+        self.plan.footings = self.footings
+        if self.footings:
+            session.container(**SPEC).close()
         container: Container = session.container(**SPEC)
         container._init.close()
         os.close(container.pidfd)
@@ -354,7 +358,25 @@ class EndAhead(End):
     ahead = 1, 1
 
 
-STAGES = (Begin, First, Build, ForkAhead, BuildAhead, TakeDown, TakeDownAhead, End, EndAhead)
+class EndUnused(End):
+    """The same with what another container would have stood on."""
+
+    name = "ending with a footing ahead"
+    footings = 1
+
+
+STAGES = (
+    Begin,
+    First,
+    Build,
+    ForkAhead,
+    BuildAhead,
+    TakeDown,
+    TakeDownAhead,
+    End,
+    EndAhead,
+    EndUnused,
+)
 
 
 def go_through(
