@@ -43,11 +43,13 @@ class Footing:
     def cgroup_for(self, id: int, order: Order) -> Cgroup | None:
         """None where no limit is asked for and none could be kept. Raises UnsupportedError."""
         ahead = self._ahead
-        if ahead is not None and (ahead.id, ahead.order.limits) != (id, order.limits):
-            self.drop()  # it has the name, too
+        if ahead is not None and ahead.id != id:
+            self.drop()
         elif ahead is not None and ahead.cgroup is not None:
             found, ahead.cgroup = ahead.cgroup, None
-            return found
+            if ahead.order.limits == order.limits:
+                return found
+            found.remove()  # it has the name that the new one is to have
         return self.make_cgroup(f"c{id}", order.limits)
 
     def layer_for(self, id: int, order: Order) -> str | None:
