@@ -101,7 +101,7 @@ def engines(bench: Bench) -> Section:
         "for it.",
         [Case(OURS, bench.life(bench.cold, **LIMITS), f"limits; {_WIRED}"), *found],
         base,
-        max(2, bench.runs // 10),
+        max(2, bench.runs // 4),
         bench.floor,
         settle=True,
         goals=[

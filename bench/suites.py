@@ -46,7 +46,7 @@ def collect(bench: Bench) -> Section:
             Case(off, bench.pytest("off", "", words, "--collect-only", plugins="")),
         ],
         off,
-        bench.runs * 2,
+        bench.runs * 4,
         bench.floor,
         difference=True,
         of_least=True,
