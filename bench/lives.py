@@ -58,7 +58,7 @@ def create(bench: Bench) -> Section:
         "the other.",
         _lives(bench),
         CRUN,
-        bench.runs,
+        bench.runs * 3,
         bench.floor,
         settle=True,
         goals=[_against_crun(bench, "back to back")],
