@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pytest_nsbox.kernel import listing, processes
 from pytest_nsbox.kernel.namespaces import Home
+from pytest_nsbox.launcher import ledger
 
 MARK = "NSBOX_TEST_RUN"
 # an emulated machine is that slow; and a body orphaned by its pytest is reaped by the machine's
@@ -131,8 +132,7 @@ def _is_untouched(path: str) -> bool:
 def _lives(name: str) -> bool:
     """Whether the launcher lives that a session is named after."""
     _, pid, start = name.split("-")
-    process = processes.find(int(pid))
-    return process is not None and process.start == int(start)
+    return ledger.start_time(int(pid)) == int(start)
 
 
 def _processes() -> set[str]:

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import functools
 import os
+import signal
 import struct
 import sys
 from collections.abc import Iterator
@@ -140,7 +141,7 @@ def fork_first(own: int) -> int:
     number = ctypes.get_errno()
     # what a kernel short of memory refuses is tried again; astray, no later fork would work
     if _setns(own, CLONE_NEWPID) < 0 and _setns(own, CLONE_NEWPID) < 0:
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), signal.SIGKILL)
     if pid < 0:
         raise OSError(number, f"fork: {os.strerror(number)}")
     return pid

@@ -124,8 +124,7 @@ class Launcher:
 
     def _remove_cover(self) -> None:
         if self.workshop.cover is not None:
-            cover = self.workshop.cover
-            self.workshop.janitor.remove(cover, self.ledger.file_of(cover))
+            self.workshop.footing.remove_layer(self.workshop.cover)
 
     # ------------------------------------------------------------------ the loop
 
