@@ -58,8 +58,8 @@ class Section:
 
     `settle`: each is run twice in a row and the second run counts, so that each pays for what it
     leaves to the kernel to clean up, and for nobody else's. `pause`: seconds before each.
-    `difference`: what is relative is one, not a ratio, round by round; with `of_least` that of the
-    least times. `per`: it is divided by this. `taken`: measures instead of taking turns.
+    `difference`: what is relative is one, not a ratio, round by round. `per`: it is divided by
+    this. `taken`: measures instead of taking turns.
     """
 
     title: str
@@ -71,7 +71,6 @@ class Section:
     settle: bool = False
     pause: float = 0
     difference: bool = False
-    of_least: bool = False
     per: int = 1
     goals: list[Goal] = field(default_factory=list)
     remarks: list[str | Callable[[Times], str]] = field(default_factory=list)
@@ -100,8 +99,7 @@ class Section:
         if self.base not in times:
             return None
         if self.difference:
-            found = least_difference if self.of_least else difference
-            return found(times, name, self.base) / self.per
+            return difference(times, name, self.base) / self.per
         return ratio(name, self.base)(times)
 
     def report(self, times: Times) -> Iterator[str]:
@@ -151,11 +149,6 @@ def difference(times: Times, name: str, base: str) -> float:
     """The median of the differences, round by round."""
     pairs = zip(times[name], times[base], strict=True)
     return statistics.median(mine - its for mine, its in pairs)
-
-
-def least_difference(times: Times, name: str, base: str) -> float:
-    """The difference of the least of each, for one that is small beside what disturbs them."""
-    return min(times[name]) - min(times[base])
 
 
 def _quartiles(values: list[float]) -> list[float]:

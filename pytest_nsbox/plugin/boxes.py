@@ -1,19 +1,20 @@
-"""What the plugin holds during a run: one session, and the containers of the running test."""
+"""What the plugin holds during a run that has containers: one session, and those of each test."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import pytest
 
-from pytest_nsbox.errors import RootfsError, UnsupportedError
+from pytest_nsbox.errors import NsboxError, RootfsError, UnsupportedError
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.model.spec import SandboxSpec
-from pytest_nsbox.plugin import options
+from pytest_nsbox.plugin import measured, options
 from pytest_nsbox.plugin.specs import defaults
+from pytest_nsbox.plugin.summary import summary_of
 from pytest_nsbox.session.container import Container
 from pytest_nsbox.session.session import Session
 
@@ -24,12 +25,10 @@ _CONTAINERS = pytest.StashKey[list[Container]]()
 def boxes_of(config: pytest.Config) -> Boxes:
     """The one of this run, made when first asked for."""
     if _BOXES not in config.stash:
+        summary_of(config)  # its hooks come after ours, being registered before
         config.stash[_BOXES] = Boxes(config)
+        config.pluginmanager.register(config.stash[_BOXES], "nsbox-boxes")
     return config.stash[_BOXES]
-
-
-def opened(config: pytest.Config) -> Boxes | None:
-    return config.stash.get(_BOXES, None)
 
 
 def containers_of(item: pytest.Item) -> list[Container]:
@@ -38,6 +37,8 @@ def containers_of(item: pytest.Item) -> list[Container]:
 
 
 class Boxes:
+    """Also a plugin of the run, which takes down what it has opened."""
+
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.session = Session(
@@ -47,6 +48,30 @@ class Boxes:
             pool=options.number(config, "pool"),
             resolve_rootfs=self._resolve_rootfs,
         )
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtestloop(self) -> Generator[None, object, object]:
+        """What bodies have measured is written before plugins read it, when the loop has ended."""
+        try:
+            return (yield)
+        finally:
+            measured.end(self.config)
+
+    def pytest_runtest_logstart(self) -> None:
+        """Reap the bodies of tests before, but for one that has just been killed and needs a
+        moment."""
+        self.session.reap(most=1)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        """Take the session down, after what has been set up for the whole of it."""
+        try:
+            return (yield)
+        finally:
+            try:
+                self.session.close()
+            except NsboxError as error:
+                summary_of(self.config).left += [str(error), *getattr(error, "__notes__", ())]
 
     def _resolve_rootfs(self, source: str) -> Rootfs | None:
         found = self.config.hook.pytest_nsbox_resolve_rootfs(source=source)

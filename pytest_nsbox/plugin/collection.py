@@ -42,7 +42,10 @@ def begin(session: pytest.Session) -> None:
     """Start the launcher, and find what the tests will lack."""
     from pytest_nsbox.plugin.boxes import boxes_of
 
-    boxes_of(session.config).start()
+    boxes = boxes_of(session.config)
+    if session.testsfailed:  # then there will be no tests, unless somebody insists
+        return
+    boxes.start()
     if any(runs_inside(item) for item in session.items):
         from pytest_nsbox.plugin.images import check_images
 

@@ -36,8 +36,9 @@ from pytest_nsbox.plugin.deadline import Deadline
 from pytest_nsbox.plugin.images import of_the_suite
 from pytest_nsbox.plugin.passthrough import passthrough
 from pytest_nsbox.plugin.raised import Raised, not_in_tracebacks
-from pytest_nsbox.plugin.report import add_changes, changed_by_body
+from pytest_nsbox.plugin.report import changed_by_body
 from pytest_nsbox.plugin.specs import spec_of
+from pytest_nsbox.plugin.summary import add_changes
 from pytest_nsbox.session.container import Container
 from pytest_nsbox.session.inside import PATIENCE, Inside
 from pytest_nsbox.session.surroundings import added_for_a_fork, working_directory

@@ -214,10 +214,19 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in OPTIONS:
         value(config, name)
     number(config, "pool")
-    if config.getoption("dist", "no") != "no":  # of pytest-xdist, in its controller
+    if not on_linux():
+        from pytest_nsbox.plugin import elsewhere
+
+        config.pluginmanager.register(elsewhere)
+    in_controller = config.getoption("dist", "no") != "no"  # of pytest-xdist
+    if in_controller:
         from pytest_nsbox.plugin.telling import Controller
 
         config.pluginmanager.register(Controller(config))
+    if in_controller or is_on(config, "changes"):
+        from pytest_nsbox.plugin.summary import summary_of
+
+        summary_of(config)
     if value(config, "subnet") == OPTIONS["subnet"].default:
         return
     from pytest_nsbox.errors import SpecError

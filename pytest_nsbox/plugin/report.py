@@ -6,15 +6,32 @@ import contextlib
 import os
 import socket
 import subprocess
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 
 from pytest_nsbox.errors import ContainerDied, ContainerTimeout, NsboxError
-from pytest_nsbox.plugin.boxes import containers_of
+from pytest_nsbox.plugin.boxes import boxes_of, containers_of
+from pytest_nsbox.plugin.crowd import warn_of_sum
+from pytest_nsbox.plugin.options import uses_fixture
 from pytest_nsbox.session.container import Container
 
-_SHOWN = 20  # of the changes of one test, without -v
+
+def reported(
+    item: pytest.Item, call: pytest.CallInfo[Any]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What pytest_runtest_makereport does for a test with a container."""
+    only_ours = call.excinfo is not None and cut_traceback(item, call.excinfo)
+    report = yield
+    if only_ours and call.excinfo is not None:
+        notes = getattr(call.excinfo.value, "__notes__", [])
+        report.longrepr = "\n".join([f"{item.nodeid}: {call.excinfo.value}", *notes])
+    if call.when == "call":
+        warn_of_sum(item.config, boxes_of(item.config).session)
+        if uses_fixture(item):
+            add_containers(item, report)
+    return report
 
 
 def add_containers(item: pytest.Item, report: pytest.TestReport) -> None:
@@ -41,37 +58,6 @@ def changed_by_body(container: Container) -> list[tuple[str, str]]:
         for change in changes
         if "__pycache__" not in change.path.split("/")  # Python's doing, wherever it imports
     ]
-
-
-def add_changes(report: Any, changes: list[tuple[str, str]]) -> None:
-    """Have a report carry them, also from one of pytest-xdist's workers."""
-    report.nsbox_changes = changes
-    report.sections.append(("nsbox changes", "\n".join(map(_line, changes))))
-
-
-def _line(change: tuple[str, str]) -> str:
-    path, kind = change
-    return f"{kind:7} {path}"
-
-
-def tell_changes(terminalreporter: Any) -> None:
-    """Name what each test has changed, in the order in which they ended."""
-    found: dict[str, dict[str, str]] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            for path, kind in getattr(report, "nsbox_changes", ()):
-                found.setdefault(report.nodeid, {})[path] = kind
-    terminalreporter.section("nsbox: changed by bodies, and gone")
-    if not found:
-        terminalreporter.line("nothing outside tmp_path and the paths passed through")
-    shown = None if terminalreporter.verbosity > 0 else _SHOWN
-    for nodeid, changes in found.items():
-        terminalreporter.line(nodeid)
-        rows = list(changes.items())
-        for row in rows[:shown]:
-            terminalreporter.line(f"  {_line(row)}")
-        if len(rows[:shown]) < len(rows):
-            terminalreporter.line(f"  and {len(rows[shown:])} more; all of them with -v")
 
 
 def cut_traceback(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
