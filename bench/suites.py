@@ -10,7 +10,7 @@ from floor import Floor
 from peers import CPUS
 from report import FLOOR, Case, Goal, Section, Times, difference, ratio
 from unused import Collector
-from workbench import LIMITS, Bench
+from workbench import LIMITS, Bench, plugins_only
 
 INSIDE_TESTS = 50
 PLUGIN = "pytest_nsbox.plugin"
@@ -35,7 +35,8 @@ def pytest_terminal_summary(config):
 
 def collect(bench: Bench) -> Section:
     on, off = "with the plugin", "without the plugin"
-    collector = bench.stack.enter_context(Collector(bench.directory / "unused", PLUGIN))
+    directory = bench.directory / "unused"
+    collector = bench.stack.enter_context(Collector(directory, PLUGIN, plugins_only("")))
     return Section(
         "What the plugin costs those who do not use it",
         "`pytest --collect-only` of an empty directory, with no other plugin, in a fork of a "

@@ -25,11 +25,9 @@ _ARGUMENTS = ["-q", "-p", "no:cacheprovider", "--collect-only"]
 class Collector:
     """The program, started."""
 
-    def __init__(self, directory: Path, plugins: str) -> None:
+    def __init__(self, directory: Path, plugins: str, env: dict[str, str]) -> None:
         directory.mkdir(exist_ok=True)
         (directory / "pytest.ini").write_text("[pytest]\n")
-        env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         self._process = subprocess.Popen(
             [sys.executable, __file__, plugins],
             cwd=directory,
@@ -93,7 +91,9 @@ def main() -> None:
             _forget(packages)
             print(_collect(line.strip()), file=answers, flush=True)
             os._exit(0)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if status:  # it has said why, and there is no answer to wait for
+            sys.exit(os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,15 @@ OURS, CRUN, BWRAP = "nsbox", "crun run", "bwrap --unshare-all"
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def plugins_only(plugins: str) -> dict[str, str]:
+    """An environment in which pytest has these plugins of others and no more."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    # not by -p, for which pytest looks through all that is installed
+    env["PYTEST_PLUGINS"] = ",".join(plugins.split())
+    return env
+
+
 class Bench:
     """`directory` is empty, and on a disk: layers of containers whose memory is limited are."""
 
@@ -128,10 +137,7 @@ class Bench:
         (directory / "conftest.py").write_text(conftest)
         for file, content in {"test_it.py": text, **more}.items():
             (directory / file).write_text(content)
-        env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        # not by -p, for which pytest looks through all that is installed
-        env["PYTEST_PLUGINS"] = ",".join(plugins.split())
+        env = plugins_only(plugins)
         argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
 
         def once() -> None:
