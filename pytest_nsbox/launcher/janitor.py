@@ -40,10 +40,13 @@ class Janitor:
         return cls(pid, ours)
 
     def let_go(self, namespace: int) -> None:
-        """Close the last descriptor of a mount namespace: with it go its mounts."""
+        """Have the last descriptor of a mount namespace closed: with it go its mounts. That is the
+        janitor's, who keeps it until the next message, only when there is none here any more."""
         with contextlib.suppress(OSError):  # somebody has killed it
             wire.send(self._socket, {}, [namespace])
         os.close(namespace)
+        with contextlib.suppress(OSError):
+            wire.send(self._socket, {})
 
     def remove(self, layer: str, ledger_file: Path) -> None:
         """Remove a layer, then strike it from the ledger."""
@@ -68,9 +71,10 @@ def _work(launcher: socket.socket) -> int:
         signal.signal(number, signal.SIG_IGN)
     close_all_but([launcher.fileno()])
     status = 0
+    namespaces: list[int] = []
     while (received := wire.receive(launcher)) is not None:
-        message, namespaces = received
         wire.close_all(namespaces)
+        message, namespaces = received
         if "layer" not in message:
             continue
         layer = message["layer"]
