@@ -21,6 +21,10 @@ _ASKED = (
     "trace of a command is below."
 )
 _COLD = "The first trace below has where the time goes, the section before whose it is."
+_STACKED = (
+    "The kernel has each of the layers to look at, as it mounts them and as a file is looked for: "
+    "`bench/trace.py --rootfs IMAGE` has it step by step."
+)
 _WIRED = "veth on a bridge, address, route, NAT; overlay on /; seccomp; capabilities"
 
 
@@ -206,5 +210,12 @@ def image(bench: Bench) -> Section:
         bench.runs,
         bench.floor,
         settle=True,
-        goals=[Goal(f"an image of {LAYERS} layers / the host's root", 1.2, ratio(layered, host))],
+        goals=[
+            Goal(
+                f"an image of {LAYERS} layers / the host's root",
+                1.2,
+                ratio(layered, host),
+                hindrance=_STACKED,
+            )
+        ],
     )

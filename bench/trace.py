@@ -1,12 +1,12 @@
 """Where the time of one creation, one command or one test inside goes, step by step.
 
-    .venv/bin/python bench/trace.py [--runs N] [--pool N] [--alive N]
+    .venv/bin/python bench/trace.py [--runs N] [--pool N] [--alive N] [--rootfs ROOTFS]
     .venv/bin/python bench/trace.py [--runs N] --run | --inside
 
 The launcher, or pytest, is started with its steps wrapped: each notes when it began and ended, on
 the clock that all processes share and in memory that all of them share. The notes cost some time,
-too. LAYER is a container's writable layer, VENV where this Python is, MOUNT another filesystem of
-the host.
+too. LAYER is a container's writable layer, LAYERS those of an image, VENV where this Python is,
+MOUNT another filesystem of the host.
 """
 
 from __future__ import annotations
@@ -147,12 +147,13 @@ def _places() -> dict[re.Pattern[str], str]:
     own = [re.escape(mount) for mount in mounts if mount != "/" and not mount.startswith(kept)]
     return {
         re.compile(r"/oldroot/\S*/writable/[^/\s]*"): "LAYER",
+        re.compile(r"/oldroot/\S*/layers/[^/\s]*"): "LAYERS",
         re.compile(rf"root{re.escape(sys.prefix)}\b"): "root/VENV",
         **{re.compile(rf"root{mount}(?=[/\s]|$)"): "root/MOUNT" for mount in sorted(own)[::-1]},
     }
 
 
-def _trace(runs: int, pool: int, alive: int, command: bool) -> list[list[Note]]:
+def _trace(runs: int, pool: int, alive: int, command: bool, rootfs: str | None) -> list[list[Note]]:
     """The notes of each creation, or of a command in a container, in order, counted from its
     beginning."""
     from pytest_nsbox import Session
@@ -165,16 +166,17 @@ def _trace(runs: int, pool: int, alive: int, command: bool) -> list[list[Note]]:
         start(self, args, *rest, **options)
 
     subprocess.Popen.__init__ = start_traced  # type: ignore[method-assign]
+    spec = _LIMITS if rootfs is None else {**_LIMITS, "rootfs": rootfs}
     windows = []
     with tempfile.NamedTemporaryFile(prefix="nsbox-trace-", dir=_MEMORY) as file:
         os.environ[_FILE] = file.name
         with Session(pool=pool) as session, contextlib.ExitStack() as stack:
             for _ in range(alive):
-                stack.enter_context(session.container(**_LIMITS))
+                stack.enter_context(session.container(**spec))
             Notes(file.name).start()
             for _ in range(runs):
                 began = time.perf_counter()
-                with session.container(**_LIMITS) as container:
+                with session.container(**spec) as container:
                     if command:
                         container.run(["true"])
                         time.sleep(0.02)
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=0, help="so many made ahead (default: none)")
     parser.add_argument("--least", type=float, default=0, metavar="MS", help="leave out the rest")
     parser.add_argument("--alive", type=int, default=0, help="beside so many (default: none)")
+    parser.add_argument("--rootfs", help="of this (default: the host's)")
     parser.add_argument("--run", action="store_true", help="a command in a running container")
     parser.add_argument("--inside", action="store_true", help="a test inside, with its body")
     options = parser.parse_args()
@@ -272,7 +275,7 @@ def main() -> None:
         traces = _trace_inside(options.runs)
     else:
         _many_descriptors()
-        traces = _trace(options.runs, options.pool, options.alive, options.run)
+        traces = _trace(options.runs, options.pool, options.alive, options.run, options.rootfs)
     for trace in traces:
         seen: dict[tuple[str, str], int] = {}
         for note in trace:

@@ -10,6 +10,8 @@ import subprocess
 import uuid
 from pathlib import Path
 
+import pytest
+
 
 class Images:
     def __init__(self, directory: Path) -> None:
@@ -154,3 +156,31 @@ class Images:
         path = self.directory / "image-oci.tar"
         self._run("skopeo", "copy", "--quiet", f"oci:{self.oci_layout}:app", f"oci-archive:{path}")
         return path
+
+
+REGISTRY = "docker://registry.example/app:1"
+
+
+def as_a_registry(
+    layout: Path, path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "app"
+) -> Path:
+    """Have skopeo take an image of a layout for that of REGISTRY; returns where it is
+    written what it is asked for, and in which network."""
+    log, program, real = path / "log", path / "skopeo", shutil.which("skopeo")
+    path.mkdir(mode=0o755)
+    log.touch()
+    log.chmod(0o666)
+    own = f"oci:{layout}:{name}"
+    program.write_text(
+        f"""#!/bin/bash
+        echo "$1 $(readlink /proc/self/ns/net)" >>{log}
+        for word; do
+            if [ "$word" = {REGISTRY} ]; then word={own}; fi
+            words+=("$word")
+        done
+        exec {real} "${{words[@]}}"
+        """
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
+    return log

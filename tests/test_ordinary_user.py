@@ -4,6 +4,7 @@ the user's, which cgroups of version 1 never are; ci/v2 has the machine for that
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.audit import Snapshot
-from tests.images import Images
+from tests.images import REGISTRY, Images, as_a_registry
 from tests.ordinary import REPOSITORY, run_as_ordinary_user
 from tests.outside import HOST, WEB, Outside, outside
 
@@ -110,6 +111,25 @@ def test_a_body_runs_on_an_image(tmp_path: Path, images: Images, subordinate: bo
         subordinate=subordinate,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_an_image_is_copied_from_where_the_hosts_network_reaches(
+    tmp_path: Path, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    layout = shutil.copytree(images.oci_layout, tmp_path / "home/layout")
+    log = as_a_registry(layout, tmp_path / "path", monkeypatch)
+    done = as_user(
+        tmp_path,
+        """
+        def test_it(nsbox_container):
+            assert nsbox_container.read_text("/etc/release") == "from the second layer\\n"
+        """,
+        f"--nsbox-rootfs={REGISTRY}",
+    )
+    assert "1 passed" in done.stdout, done.stdout
+    here = os.readlink("/proc/self/ns/net")
+    assert log.read_text().splitlines() == [f"inspect {here}", f"copy {here}"]
 
 
 def test_users_inside_are_those_of_the_subordinate_ids(tmp_path: Path) -> None:

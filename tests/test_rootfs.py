@@ -19,7 +19,7 @@ import pytest
 
 from pytest_nsbox import Bind, Container, Tmpfs
 from tests.conftest import tool
-from tests.images import Images
+from tests.images import REGISTRY, Images, as_a_registry
 
 SOURCES = ["tree", "tarball", "docker_archive", "oci_archive", "oci_layout"]
 
@@ -284,6 +284,22 @@ def test_the_option_chooses_the_image_for_all(run_pytest: Any, images: Images) -
             assert nsbox_container.read_text("/etc/release") == "from the second layer\\n"
     """
     run_pytest(source, f"--nsbox-rootfs={images.docker_archive}").assert_outcomes(passed=1)
+
+
+def test_an_image_is_copied_from_where_the_hosts_network_reaches(
+    run_pytest: Any, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the registry is asked once by all containers of a run."""
+    log = as_a_registry(images.oci_layout, tmp_path / "path", monkeypatch)
+    source = """
+        import pytest
+        @pytest.mark.parametrize("n", range(3))
+        def test_it(nsbox_container, n):
+            assert nsbox_container.read_text("/etc/release") == "from the second layer\\n"
+    """
+    run_pytest(source, f"--nsbox-rootfs={REGISTRY}").assert_outcomes(passed=3)
+    here = os.readlink("/proc/self/ns/net")
+    assert log.read_text().splitlines() == [f"inspect {here}", f"copy {here}"]
 
 
 def test_an_opaque_directory_hides_the_layers_below_also_in_a_user_namespace(

@@ -1,8 +1,8 @@
 """An ordinary user's launcher has a process that stays outside of its user namespace.
 
 Some things are done only from there: `newuidmap` writes the map of a namespace that it is not in,
-and the program that is the uplink needs the host's network. It does what it is told over a
-socket, and when that closes it ends, and with it what it has started.
+and a program that is the uplink, or copies an image, needs the host's network. It does what it is
+told over a socket, and when that closes it ends, and with it what it has started.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Envoy:
         return cls(pid, ours)
 
     def run(self, *command: str) -> str:
-        """Run a command to its end; what it wrote. Raises SetupError when it fails."""
+        """The same as `run_to_its_end`, outside."""
         reply, _ = wire.request(self._socket, {"op": "run", "command": command})
         return str(reply["output"])
 
@@ -83,7 +83,7 @@ def _live(launcher: socket.socket) -> NoReturn:
         out: list[int] = []
         try:
             if message["op"] == "run":
-                reply = {"output": _run(message["command"])}
+                reply = {"output": run_to_its_end(*message["command"])}
             else:
                 kept.append(_start(message["command"], fds))
                 out = [os.pidfd_open(kept[-1].pid)]
@@ -96,18 +96,20 @@ def _live(launcher: socket.socket) -> NoReturn:
         wire.close_all(out)
 
 
-def _run(command: Sequence[str]) -> str:
+def run_to_its_end(*command: str) -> str:
+    """Run a command; what it wrote. Raises SetupError, with its words, when it fails, and OSError
+    when it cannot be started."""
     done = subprocess.run(
-        list(command),
+        command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
         errors="replace",
         check=False,
     )
     if done.returncode:
-        raise SetupError(f"{command[0]}: {done.stdout.strip() or f'exit status {done.returncode}'}")
+        words = done.stderr.strip() or done.stdout.strip()
+        raise SetupError(words or f"{command[0]}: exit status {done.returncode}")
     return done.stdout
 
 

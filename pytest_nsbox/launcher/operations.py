@@ -239,7 +239,7 @@ def expose_host(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
 
 def import_rootfs(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     """Unpack a root filesystem into the cache, unless it is there already."""
-    found = rootfs.resolve(str(message["source"]), launcher.layer_cache)
+    found = rootfs.resolve(str(message["source"]), launcher.layer_cache, launcher.run_outside)
     return {"rootfs": found.to_wire()}, []
 
 

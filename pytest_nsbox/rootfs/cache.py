@@ -1,7 +1,7 @@
 """Unpacked layers on disk, named by what is in them, shared by every session of a user.
 
 layers/HEX        a layer            layers/NAME.part   one being made, under locks/NAME
-meta/HEX.json     whence it came; its mtime is when it was last used
+meta/HEX.json     whence it came; its mtime is when it was last used, to a minute
 locks/HEX.use     held shared by every process that has resolved an image with this layer
 index/HEX.json    an archive as stat(2) saw it, and the root filesystem that was in it
 """
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from pytest_nsbox.rootfs.source import Source
 
 # The names of all lower directories share the one page of mount(2)'s options.
 NAME = re.compile(r"[0-9a-f]{16}")
+_LATELY = 60.0  # seconds, in which nobody need be told that a layer has been used again
 
 
 def name_of(key: str) -> str:
@@ -61,10 +62,13 @@ class LayerCache:
                 f"cache {str(self.root)!r}: the options of an overlay mount cannot name a path"
                 " with a colon, comma or backslash: choose another directory"
             )
+        self.manifests: dict[str, str] = {}  # of images in a registry: the digests
         self._held: dict[str, int] = {}
+        self._lately: dict[Identity, tuple[float, Rootfs]] = {}  # when, and what was recalled
 
     def close(self) -> None:
         """Let go of the layers: from now on they may be removed."""
+        self._lately.clear()
         while self._held:
             os.close(self._held.popitem()[1])
 
@@ -133,8 +137,26 @@ class LayerCache:
         key = hashlib.sha256(repr(source).encode("utf-8", "surrogateescape")).hexdigest()
         return Identity(key, (*source, seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_dev))
 
-    def recall(self, identity: Identity) -> Rootfs | None:
-        """What was resolved from this archive before, if all of it is still here."""
+    def recall(
+        self, identity: Identity, check: Callable[[Rootfs], object] = lambda found: None
+    ) -> Rootfs | None:
+        """What was resolved from this archive before, if all of it is still here; `check` has a
+        look at what has not been recalled lately, and may raise."""
+        when, lately = self._lately.get(identity, (0.0, None))
+        # its layers are held, so only somebody who does not ask can have removed one
+        if (
+            lately is not None
+            and time.monotonic() < when + _LATELY
+            and all(map(os.path.isdir, lately.layers))
+        ):
+            return lately
+        found = self._look_up(identity)
+        if found is not None:
+            check(found)
+            self._lately[identity] = time.monotonic(), found
+        return found
+
+    def _look_up(self, identity: Identity) -> Rootfs | None:
         try:
             row = json.loads(self._index(identity).read_bytes())
         except (FileNotFoundError, ValueError):

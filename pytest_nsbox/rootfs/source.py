@@ -27,6 +27,7 @@ TRANSPORT = re.compile(
     r"(docker://|docker-daemon:|docker-archive:|oci:|oci-archive:|dir:|containers-storage:|ostree:"
     r"|sif:|tarball:)."
 )
+REGISTRY = "docker://"
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 # What a root filesystem has at its top and an image archive has not.
 TOP_OF_ROOT = frozenset(

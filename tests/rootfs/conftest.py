@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nsbox.rootfs import LayerCache
+from pytest_nsbox.launcher.envoy import run_to_its_end
+from pytest_nsbox.model.rootfs import Rootfs
+from pytest_nsbox.rootfs import LayerCache, importer
 
 OVERLAY = 'mount -t overlay overlay -o "lowerdir=$1" "$2" && cd "$2" && exec sh -c "$3"'
 LISTING = "find . -printf '%P|%y|%m|%U|%G|%l|%n|%T@\\n' | LC_ALL=C sort"
@@ -24,6 +26,10 @@ def tool(*command: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
+
+
+def resolve(source: str, cache: LayerCache) -> Rootfs:
+    return importer.resolve(source, cache, run_to_its_end)
 
 
 def in_overlay(layers: tuple[str, ...], mount_point: Path, script: str) -> str:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from pytest_nsbox.errors import RootfsError
-from pytest_nsbox.rootfs import LayerCache, resolve
+from pytest_nsbox.rootfs import LayerCache
 
-from .conftest import tool
+from .conftest import resolve, tool
 
 RESOLVER = """
 import sys
@@ -33,7 +35,7 @@ def counted(*args, unpack=unpack.unpack, **more):
     done.append(1)
     return unpack(*args, **more)
 unpack.unpack = image.unpack = counted
-rootfs = resolve(sys.argv[2], cache)
+rootfs = resolve(sys.argv[2], cache, None)
 print(len(done), *rootfs.layers, flush=True)
 sys.stdin.readline()
 """
@@ -45,7 +47,7 @@ def stop(*_):
     print("unpacking", flush=True)
     signal.pause()
 extract.Extraction._apply_whiteouts = stop
-resolve(sys.argv[2], LayerCache(Path(sys.argv[1])))
+resolve(sys.argv[2], LayerCache(Path(sys.argv[1])), None)
 """
 
 
@@ -115,6 +117,48 @@ def test_an_archive_whose_layer_was_removed_is_unpacked_again(
     assert os.path.isdir(first.layers[1])
 
 
+def test_a_layer_removed_without_asking_is_unpacked_again(
+    docker_archive: Path, cache: LayerCache
+) -> None:
+    first = resolve(str(docker_archive), cache)
+    assert resolve(str(docker_archive), cache) == first
+    shutil.rmtree(first.layers[1])
+    assert resolve(str(docker_archive), cache) == first
+    assert os.path.isdir(first.layers[1])
+
+
+def test_an_archive_without_a_shell_is_read_once_and_refused_each_time(
+    busybox_tar: Path, tmp_path: Path, cache: LayerCache
+) -> None:
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(busybox_tar.read_bytes())
+    tool("tar", "--delete", "-f", archive, "./usr/bin/sh")
+    before = archive.stat()
+    with pytest.raises(RootfsError, match="no /bin/sh"):
+        resolve(str(archive), cache)
+    with open(archive, "r+b") as file:
+        file.write(bytes(before.st_size))
+    os.utime(archive, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(RootfsError, match="no /bin/sh"):
+            resolve(str(archive), cache)
+
+
+def test_what_is_used_again_and_again_is_noted_once_a_minute(
+    busybox_tar: Path, cache: LayerCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = resolve(str(busybox_tar), cache)
+    assert resolve(str(busybox_tar), cache) == first
+    (meta,) = (cache.root / "meta").iterdir()
+    os.utime(meta, (1e9, 1e9))
+    assert resolve(str(busybox_tar), cache) == first
+    assert meta.stat().st_mtime == 1e9
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert resolve(str(busybox_tar), cache) == first
+    assert meta.stat().st_mtime > 1e9
+
+
 def test_the_same_root_from_two_archives_is_one_layer(
     busybox_tar: Path, tmp_path: Path, cache: LayerCache
 ) -> None:
@@ -179,7 +223,8 @@ def test_entries_tell_size_source_and_last_use(
     (layer,) = resolve(str(busybox_tar), cache).layers
     for meta in (cache.root / "meta").iterdir():
         os.utime(meta, (1e9, 1e9))
-    resolve(str(busybox_tar), cache)
+    with closing(LayerCache(cache.root)) as of_another_session:
+        resolve(str(busybox_tar), of_another_session)
     *others, last = cache.entries()
     assert last.name == os.path.basename(layer)
     assert last.source == str(busybox_tar)
@@ -198,8 +243,11 @@ def test_two_layers_under_one_name_are_not_taken_for_each_other(
     resolve(str(busybox_tar), cache)
     (meta,) = (cache.root / "meta").iterdir()
     meta.write_text(json.dumps({"key": "0" * 64, "source": "another"}))
-    with pytest.raises(RootfsError, match="two layers have one name"):
-        resolve(str(busybox_tar), cache)
+    with (
+        closing(LayerCache(cache.root)) as of_another_session,
+        pytest.raises(RootfsError, match="two layers have one name"),
+    ):
+        resolve(str(busybox_tar), of_another_session)
 
 
 @pytest.mark.parametrize("mark", [":", ",", "\\"])

@@ -10,15 +10,17 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_nsbox.errors import RootfsError
-from pytest_nsbox.rootfs import LayerCache, merged, resolve
+from pytest_nsbox.rootfs import LayerCache, merged
+from tests.images import REGISTRY, as_a_registry
 
-from .conftest import LISTING, MakeTar, in_overlay, member, tool
+from .conftest import LISTING, MakeTar, in_overlay, member, resolve, tool
 
 Images = dict[str, str]
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -359,19 +361,29 @@ def test_the_same_tar_as_layer_and_as_root_filesystem_are_two_things(
     assert not os.path.lexists(f"{layer}/.wh.x")
 
 
+def commands(log: Path) -> list[str]:
+    return [line.split()[0] for line in log.read_text().splitlines()]
+
+
 def test_an_unchanged_image_is_copied_by_skopeo_once(
     layout: Path, cache: LayerCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = tmp_path / "log"
-    wrapper = tmp_path / "path/skopeo"
-    wrapper.parent.mkdir()
-    real = shutil.which("skopeo")
-    wrapper.write_text(f'#!/bin/sh\necho "$1" >>{log}\nexec {real} "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    log = as_a_registry(layout, tmp_path / "path", monkeypatch)
     first = resolve(f"oci:{layout}:v1", cache)
     assert resolve(f"oci:{layout}:v1", cache) == first
-    assert log.read_text().split() == ["inspect", "copy", "inspect"]
+    assert commands(log) == ["inspect", "copy", "inspect"]
+
+
+def test_a_registry_is_asked_once_by_each_session(
+    layout: Path, cache: LayerCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = as_a_registry(layout, tmp_path / "path", monkeypatch, "v1")
+    first = resolve(REGISTRY, cache)
+    assert resolve(REGISTRY, cache) == first
+    assert commands(log) == ["inspect", "copy"]
+    with closing(LayerCache(cache.root)) as of_another_session:
+        assert resolve(REGISTRY, of_another_session) == first
+    assert commands(log) == ["inspect", "copy", "inspect"]
 
 
 def test_what_skopeo_complains_of_is_in_the_error(layout: Path, cache: LayerCache) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from pytest_nsbox.errors import RootfsError
 from pytest_nsbox.model.rootfs import Rootfs
-from pytest_nsbox.rootfs import LayerCache, check, kind_of, resolve
+from pytest_nsbox.rootfs import LayerCache, check, kind_of
 
-from .conftest import MakeTar, member, tool
+from .conftest import MakeTar, member, resolve, tool
 
 
 def test_every_kind_of_source_is_told_apart(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pytest_nsbox.errors import RootfsError
-from pytest_nsbox.rootfs import LayerCache, resolve
+from pytest_nsbox.rootfs import LayerCache
 from pytest_nsbox.rootfs.stream import Blob
 from pytest_nsbox.rootfs.unpack import Digests, unpack
 
-from .conftest import MakeTar, member, tool
+from .conftest import MakeTar, member, resolve, tool
 
 OPAQUE = "trusted.overlay.opaque"
 
