@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nsbox.plugin.options import (
+    check,
+    is_on,
     marked,
     on_linux,
-    pytest_addhooks,
     pytest_addoption,
-    pytest_configure,
     runs_inside,
     wants_container,
 )
@@ -35,10 +35,38 @@ __all__ = [
     "nsbox_network_factory",
     "nsbox_session",
     "nsbox_spec",
-    "pytest_addhooks",
     "pytest_addoption",
-    "pytest_configure",
 ]
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    from pytest_nsbox.plugin import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check the options; register what this run needs of the rest from its start on."""
+    config.addinivalue_line(
+        "markers",
+        "sandbox(cpus=, memory=, pids=, network=, rootfs=, ...): run the test's body in a Linux "
+        "container of its own; a test that takes nsbox_container stays outside and drives it",
+    )
+    check(config)
+    if not on_linux():
+        from pytest_nsbox.plugin import elsewhere
+
+        config.pluginmanager.register(elsewhere)
+    in_controller = config.getoption("dist", "no") != "no"  # of pytest-xdist
+    if in_controller:
+        from pytest_nsbox.plugin.telling import Controller
+
+        config.pluginmanager.register(Controller(config))
+    if in_controller or is_on(config, "changes"):
+        from pytest_nsbox.plugin.summary import summary_of
+
+        summary_of(config)
+
 
 # ---------------------------------------------------------------------- fixtures
 

@@ -124,12 +124,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    from pytest_nsbox.plugin import hookspecs
-
-    pluginmanager.add_hookspecs(hookspecs)
-
-
 def value(config: pytest.Config, name: str) -> str:
     """What an option is set to. Raises pytest.UsageError for a value it cannot have."""
     option = OPTIONS[name]
@@ -205,28 +199,11 @@ def paths(config: pytest.Config) -> list[Path]:
     return [*config.getini("nsbox_passthrough"), *(here / name for name in named)]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "sandbox(cpus=, memory=, pids=, network=, rootfs=, ...): run the test's body in a Linux "
-        "container of its own; a test that takes nsbox_container stays outside and drives it",
-    )
+def check(config: pytest.Config) -> None:
+    """Raises pytest.UsageError for a value that an option cannot have."""
     for name in OPTIONS:
         value(config, name)
     number(config, "pool")
-    if not on_linux():
-        from pytest_nsbox.plugin import elsewhere
-
-        config.pluginmanager.register(elsewhere)
-    in_controller = config.getoption("dist", "no") != "no"  # of pytest-xdist
-    if in_controller:
-        from pytest_nsbox.plugin.telling import Controller
-
-        config.pluginmanager.register(Controller(config))
-    if in_controller or is_on(config, "changes"):
-        from pytest_nsbox.plugin.summary import summary_of
-
-        summary_of(config)
     if value(config, "subnet") == OPTIONS["subnet"].default:
         return
     from pytest_nsbox.errors import SpecError
