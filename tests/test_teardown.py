@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nsbox import Session
+from pytest_nsbox import Session, wire
+from pytest_nsbox.launcher import janitor
 from tests.audit import Snapshot, take
 from tests.conftest import command_line
 
@@ -254,3 +255,25 @@ def test_what_cannot_be_taken_down_is_raised_first_error_first() -> None:
         "then rmdir second",
         "then rmdir first",
     ]
+
+
+def test_the_last_to_close_a_mount_namespace_is_the_janitor() -> None:
+    """Whoever is has its mounts to undo. It closes what came with a message at the next one, which
+    the launcher sends when it has closed its own."""
+    ours, theirs = wire.pair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        os._exit(janitor._work(theirs))
+    theirs.close()
+    (first, first_end), (second, second_end) = os.pipe(), os.pipe()
+    for end in (first_end, second_end):
+        wire.send(ours, {}, [end])
+        os.close(end)
+    assert wire.is_ready(first, 10)
+    assert not wire.is_ready(second, 0)
+    ours.close()
+    assert wire.is_ready(second, 10)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(first)
+    os.close(second)
