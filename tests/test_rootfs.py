@@ -19,7 +19,8 @@ import pytest
 
 from pytest_nsbox import Bind, Container, Tmpfs
 from tests.conftest import tool
-from tests.images import REGISTRY, Images, as_a_registry
+from tests.images import REGISTRY, SLOW_REGISTRY, Images, as_a_registry
+from tests.ordinary import REPOSITORY
 
 SOURCES = ["tree", "tarball", "docker_archive", "oci_archive", "oci_layout"]
 
@@ -300,6 +301,18 @@ def test_an_image_is_copied_from_where_the_hosts_network_reaches(
     run_pytest(source, f"--nsbox-rootfs={REGISTRY}").assert_outcomes(passed=3)
     here = os.readlink("/proc/self/ns/net")
     assert log.read_text().splitlines() == [f"inspect {here}", f"copy {here}"]
+
+
+def test_a_session_goes_on_while_an_image_is_copied_and_ends_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_REGISTRY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "and it has ended\n", done.stderr
 
 
 def test_an_opaque_directory_hides_the_layers_below_also_in_a_user_namespace(

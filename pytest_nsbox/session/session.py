@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 UPLINKS = ("auto", "veth", "pasta", "slirp4netns", "none")
 _KILLED = 0.5  # seconds in which one that does not answer has been killed, if it has
+_TRIES = 5  # of layers that somebody else may remove when nobody holds them
 _TEARDOWN = 30.0  # seconds until a launcher that does not end is an error
 
 
@@ -408,8 +409,13 @@ class Session:
                 return found
         if _is_path(source):
             source = os.path.abspath(source)
-        reply, _ = self.request("import_rootfs", source=source)
-        return Rootfs.from_wire(reply["rootfs"])
+        again: dict[str, Any] = {}
+        for _ in range(_TRIES):
+            reply, _ = self.request("import_rootfs", source=source, **again)
+            if "rootfs" in reply:
+                return Rootfs.from_wire(reply["rootfs"])
+            again = reply["again"]
+        raise RootfsError(f"rootfs {source!r}: what has been unpacked is gone, again and again")
 
     def describe(self) -> str:
         """One line on what this host gives, and what it lacks."""
