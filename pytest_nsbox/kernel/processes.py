@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import resource
@@ -10,6 +11,7 @@ import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import IO
 
 from pytest_nsbox.errors import SetupError
 from pytest_nsbox.kernel import libc
@@ -74,9 +76,11 @@ def die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_with_parent() -> None:
-    """The same for a child whose parent cannot have ended yet."""
+def die_with_parent(parent: int) -> None:
+    """The same for a child of the same PID namespace, by the parent's number."""
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_to_its_end(*command: str, unless_gone: int | None = None) -> str:
@@ -86,15 +90,15 @@ def run_to_its_end(*command: str, unless_gone: int | None = None) -> str:
     Raises SetupError, with its words, when it fails, and OSError when it cannot be started.
     """
     import subprocess  # more than all that the inits have
-    import tempfile
 
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    # not on a disk, which may be full
+    with _in_memory() as out, _in_memory() as err:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            preexec_fn=die_with_parent,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
         with process:
             try:
@@ -109,6 +113,10 @@ def run_to_its_end(*command: str, unless_gone: int | None = None) -> str:
         said = words[1].strip() or words[0].strip()
         raise SetupError(said or f"exit status {process.returncode}")
     return words[0]
+
+
+def _in_memory() -> IO[bytes]:
+    return open(os.memfd_create("nsbox-output", os.MFD_CLOEXEC), "w+b")
 
 
 def _wait_unless_gone(pid: int, other: int | None) -> None:

@@ -72,6 +72,7 @@ def _live(launcher: socket.socket) -> NoReturn:
     libc.set_process_name("nsbox-envoy")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the kernel would reap what is waited for
     close_all_but([launcher.fileno()])
     kept: list[subprocess.Popen[bytes]] = []
     running: set[int] = set()
@@ -126,5 +127,5 @@ def _start(command: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes
         stdin=subprocess.DEVNULL,
         pass_fds=list(fds),
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )

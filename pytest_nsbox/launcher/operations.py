@@ -4,13 +4,20 @@ answers with the like, or with work that a child does and answers for itself."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket as sockets
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pytest_nsbox import rootfs, wire
-from pytest_nsbox.errors import ContainerDied, SetupError, TeardownError, UnsupportedError
+from pytest_nsbox.errors import (
+    ContainerDied,
+    NsboxError,
+    SetupError,
+    TeardownError,
+    UnsupportedError,
+)
 from pytest_nsbox.kernel import libc, processes
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.changes import Own, read_changes
@@ -248,11 +255,19 @@ def import_rootfs(launcher: Launcher, message: Message, fds: list[int]) -> Answe
 
     def fetch() -> Iterator[Message]:
         # whatever this process forks dies with it
-        os.register_at_fork(after_in_child=processes.die_with_parent)
-        if envoy is None:  # it is in the hub, from where no registry is to be seen
-            libc.setns(netns, libc.CLONE_NEWNET)
-        run = processes.run_to_its_end if envoy is None else envoy.run
-        yield {"again": {"manifest": rootfs.fetch(source, rootfs.LayerCache(cache.root), run)}}
+        die = functools.partial(processes.die_with_parent, os.getpid())
+        os.register_at_fork(after_in_child=die)
+        try:
+            if envoy is None:  # it is in the hub, from where no registry is to be seen
+                libc.setns(netns, libc.CLONE_NEWNET)
+            run = processes.run_to_its_end if envoy is None else envoy.run
+            manifest = rootfs.fetch(source, rootfs.LayerCache(cache.root), run)
+        except NsboxError:
+            raise
+        except Exception as error:
+            text = str(error) if isinstance(error, OSError) else repr(error)
+            raise SetupError(f"rootfs {source!r}: {text}") from None
+        yield {"again": {"manifest": manifest}}
 
     return Work(fetch, [netns] if envoy is None else [envoy.fileno()])
 

@@ -39,7 +39,7 @@ def at_hand(source: str, cache: LayerCache, manifest: str | None = None) -> Root
         found = _recall(source, _identity_of_copy(source, digest), cache)
         if found is not None and source.startswith(REGISTRY):
             # it is far away, and may count how often it is asked
-            cache.manifests[source] = digest
+            cache.manifests.setdefault(source, digest)
         return found
     kind = by_name(source)
     if kind == "host":

@@ -179,8 +179,10 @@ class Session:
             )
 
     def _said(self) -> str:
-        self._words.seek(0)
-        return str(self._words.read().decode(errors="replace")).strip()
+        if self._words.closed:  # by another thread
+            return ""
+        fd = self._words.fileno()
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").strip()
 
     def __enter__(self) -> Session:
         self.start()
@@ -415,7 +417,7 @@ class Session:
             if "rootfs" in reply:
                 return Rootfs.from_wire(reply["rootfs"])
             again = reply["again"]
-        raise RootfsError(f"rootfs {source!r}: what has been unpacked is gone, again and again")
+        raise RootfsError(f"rootfs {source!r}: it changes, or its layers go, again and again")
 
     def describe(self) -> str:
         """One line on what this host gives, and what it lacks."""
