@@ -167,7 +167,6 @@ def as_a_registry(
     """Have skopeo take an image of a layout for that of REGISTRY; returns where it is
     written what it is asked for, and in which network."""
     log, program, real = path / "log", path / "skopeo", shutil.which("skopeo")
-    assert real, "these tests need the program skopeo: apt install it"
     path.mkdir(mode=0o755)
     log.touch()
     log.chmod(0o666)
@@ -185,38 +184,3 @@ def as_a_registry(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
     return log
-
-
-SLOW_REGISTRY = f"""
-import os, sys, threading
-from pathlib import Path
-from pytest_nsbox import NsboxError, Session, wire
-
-place = Path("path").absolute()
-place.mkdir()
-os.mkfifo(place / "pid")
-(place / "skopeo").write_text(f"#!/bin/sh\\necho $$ >{{place}}/pid\\nexec sleep 1000\\n")
-(place / "skopeo").chmod(0o755)
-os.environ["PATH"] = f"{{place}}:{{os.environ['PATH']}}"
-errors = []
-
-def pull():
-    try:
-        session.container(rootfs="{REGISTRY}")
-    except NsboxError as error:
-        errors.append(error)
-
-with Session() as session:
-    thread = threading.Thread(target=pull)
-    thread.start()
-    skopeo = os.pidfd_open(int((place / "pid").read_text()))
-    with session.container() as container:
-        container.run(["true"], check=True)
-    assert not wire.is_ready(skopeo, 0)
-assert wire.is_ready(skopeo, 10)
-thread.join()
-assert len(errors) == 1, errors
-print("and it has ended")
-"""
-"""A session that takes an image from a registry that never answers, to be run by a Python of its
-own in a directory of its own."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.audit import Snapshot
-from tests.images import REGISTRY, SLOW_REGISTRY, Images, as_a_registry
+from tests.images import REGISTRY, Images, as_a_registry
 from tests.ordinary import REPOSITORY, run_as_ordinary_user
 from tests.outside import HOST, WEB, Outside, outside
 
@@ -130,13 +130,6 @@ def test_an_image_is_copied_from_where_the_hosts_network_reaches(
     assert "1 passed" in done.stdout, done.stdout
     here = os.readlink("/proc/self/ns/net")
     assert log.read_text().splitlines() == [f"inspect {here}", f"copy {here}"]
-
-
-def test_a_session_goes_on_while_an_image_is_copied_and_ends_it(
-    tmp_path: Path, nothing_left: Snapshot
-) -> None:
-    done = run_as_ordinary_user(tmp_path, sys.executable, "-c", SLOW_REGISTRY)
-    assert done.stdout == "and it has ended\n", done.stderr
 
 
 def test_users_inside_are_those_of_the_subordinate_ids(tmp_path: Path) -> None:

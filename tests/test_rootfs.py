@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 
-from pytest_nsbox import Bind, Container, Session, SetupError, Tmpfs
+from pytest_nsbox import Bind, Container, Tmpfs
 from tests.conftest import tool
-from tests.images import REGISTRY, SLOW_REGISTRY, Images, as_a_registry
-from tests.ordinary import REPOSITORY
+from tests.images import REGISTRY, Images, as_a_registry
 
 SOURCES = ["tree", "tarball", "docker_archive", "oci_archive", "oci_layout"]
 
@@ -301,28 +300,6 @@ def test_an_image_is_copied_from_where_the_hosts_network_reaches(
     run_pytest(source, f"--nsbox-rootfs={REGISTRY}").assert_outcomes(passed=3)
     here = os.readlink("/proc/self/ns/net")
     assert log.read_text().splitlines() == [f"inspect {here}", f"copy {here}"]
-
-
-def test_what_hinders_the_unpacking_is_said_with_the_source(
-    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "nsbox").mkdir()
-    (tmp_path / "nsbox/layers").touch()
-    with Session() as session, pytest.raises(SetupError, match=r"rootfs '.*': .*File exists"):
-        session.container(rootfs=str(images.tarball))
-
-
-def test_a_session_goes_on_while_an_image_is_copied_and_ends_it(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SLOW_REGISTRY],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.stdout == "and it has ended\n", done.stderr
 
 
 def test_an_opaque_directory_hides_the_layers_below_also_in_a_user_namespace(

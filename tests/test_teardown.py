@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_nsbox import Session, wire
-from pytest_nsbox.launcher.janitor import Janitor
+from pytest_nsbox.launcher import janitor
 from tests.audit import Snapshot, take
 from tests.conftest import command_line
 
@@ -257,33 +257,23 @@ def test_what_cannot_be_taken_down_is_raised_first_error_first() -> None:
     ]
 
 
-@pytest.fixture
-def janitor() -> Iterator[Janitor]:
-    janitor = Janitor.start()
-    yield janitor
-    janitor.close()
-
-
-def test_what_the_janitor_lets_go_of_is_gone_soon(janitor: Janitor) -> None:
-    read, write = os.pipe()
-    janitor.let_go(write)
-    assert wire.is_ready(read, 10)
-    os.close(read)
-
-
-def test_the_janitor_keeps_what_it_is_handed_until_the_next_message(
-    janitor: Janitor, tmp_path: Path
-) -> None:
-    """By then the launcher has closed its own: who closes the last one has the mounts to undo."""
-    ledger, (end, others_end) = tmp_path / "ledger", os.pipe()
-    os.mkfifo(ledger)
-    struck = os.open(ledger, os.O_RDONLY | os.O_NONBLOCK)
-    message = {"layer": str(tmp_path / "layer"), "ledger": str(ledger)}
-    wire.send(janitor._socket, message, [others_end])
-    os.close(others_end)
-    assert wire.is_ready(struck, 10)  # so it has done what the message says
-    assert not wire.is_ready(end, 0)
-    wire.send(janitor._socket, {})
-    assert wire.is_ready(end, 10)
-    os.close(struck)
-    os.close(end)
+def test_the_last_to_close_a_mount_namespace_is_the_janitor() -> None:
+    """Whoever is has its mounts to undo. It closes what came with a message at the next one, which
+    the launcher sends when it has closed its own."""
+    ours, theirs = wire.pair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        os._exit(janitor._work(theirs))
+    theirs.close()
+    (first, first_end), (second, second_end) = os.pipe(), os.pipe()
+    for end in (first_end, second_end):
+        wire.send(ours, {}, [end])
+        os.close(end)
+    assert wire.is_ready(first, 10)
+    assert not wire.is_ready(second, 0)
+    ours.close()
+    assert wire.is_ready(second, 10)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(first)
+    os.close(second)

@@ -77,7 +77,7 @@ def in_network(netns: int, home: int) -> Iterator[None]:
     try:
         yield
     finally:
-        return_to(home, libc.CLONE_NEWNET)
+        libc.setns(home, libc.CLONE_NEWNET)
 
 
 def _be_at(root: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 import resource
@@ -11,9 +10,7 @@ import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO
 
-from pytest_nsbox.errors import SetupError
 from pytest_nsbox.kernel import libc
 
 
@@ -74,61 +71,6 @@ def die_with(parent: int) -> None:
     poll.register(parent, select.POLLIN)
     if poll.poll(0):
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_with_parent(parent: int) -> None:
-    """The same for a child of the same PID namespace, by the parent's number."""
-    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_to_its_end(*command: str, unless_gone: int | None = None) -> str:
-    """Run a command, which dies with this process, and when nobody is at the other end of this
-    socket any more; what it wrote.
-
-    Raises SetupError, with its words, when it fails, and OSError when it cannot be started.
-    """
-    import subprocess  # more than all that the inits have
-
-    # not on a disk, which may be full
-    with _in_memory() as out, _in_memory() as err:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            preexec_fn=functools.partial(die_with_parent, os.getpid()),
-        )
-        with process:
-            try:
-                _wait_unless_gone(process.pid, unless_gone)
-            finally:
-                process.kill()  # nothing, to one that has ended and is not reaped yet
-        words = []
-        for file in (out, err):
-            file.seek(0)
-            words.append(file.read().decode(errors="replace"))
-    if process.returncode:
-        said = words[1].strip() or words[0].strip()
-        raise SetupError(said or f"exit status {process.returncode}")
-    return words[0]
-
-
-def _in_memory() -> IO[bytes]:
-    return open(os.memfd_create("nsbox-output", os.MFD_CLOEXEC), "w+b")
-
-
-def _wait_unless_gone(pid: int, other: int | None) -> None:
-    pidfd = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if other is not None:
-            poll.register(other, 0)  # POLLHUP is always told (poll(2))
-        poll.poll()
-    finally:
-        os.close(pidfd)
 
 
 def fork_child(name: str, keep: Iterable[int], work: Callable[[], object]) -> int:

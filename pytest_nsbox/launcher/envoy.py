@@ -8,7 +8,6 @@ told over a socket, and when that closes it ends, and with it what it has starte
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -17,9 +16,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pytest_nsbox import wire
-from pytest_nsbox.errors import ContainerDied, SetupError
+from pytest_nsbox.errors import SetupError
 from pytest_nsbox.kernel import libc
-from pytest_nsbox.kernel.processes import close_all_but, die_with_parent, fork_child, run_to_its_end
+from pytest_nsbox.kernel.processes import close_all_but
 
 
 class Envoy:
@@ -43,15 +42,9 @@ class Envoy:
         return cls(pid, ours)
 
     def run(self, *command: str) -> str:
-        """The same as `run_to_its_end`, outside; its end, if the caller ends."""
-        try:
-            reply, _ = wire.request(self._socket, {"op": "run", "command": command})
-        except ContainerDied:
-            raise SetupError("nsbox-envoy has ended") from None
+        """The same as `run_to_its_end`, outside."""
+        reply, _ = wire.request(self._socket, {"op": "run", "command": command})
         return str(reply["output"])
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
 
     def keep(self, command: Sequence[str], fds: Sequence[int] = ()) -> int:
         """Start a command that runs as long as the launcher; returns a pidfd.
@@ -72,10 +65,8 @@ def _live(launcher: socket.socket) -> NoReturn:
     libc.set_process_name("nsbox-envoy")
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the kernel would reap what is waited for
     close_all_but([launcher.fileno()])
     kept: list[subprocess.Popen[bytes]] = []
-    running: set[int] = set()
     while True:
         try:
             received = wire.receive(launcher)
@@ -86,22 +77,16 @@ def _live(launcher: socket.socket) -> NoReturn:
                 process.kill()
             for process in kept:
                 process.wait()
-            for pid in running:  # nobody is there any more to be answered
-                os.waitpid(pid, 0)
             os._exit(0)
         message, (answer, *fds) = received
         reply: wire.Message = {}
         out: list[int] = []
         try:
             if message["op"] == "run":
-                # it may take long, and others ask for something meanwhile
-                running = {pid for pid in running if not os.waitpid(pid, os.WNOHANG)[0]}
-                run = functools.partial(_run, message["command"], answer)
-                running.add(fork_child("nsbox-envoy", [answer], run))
-                os.close(answer)
-                continue
-            kept.append(_start(message["command"], fds))
-            out = [os.pidfd_open(kept[-1].pid)]
+                reply = {"output": run_to_its_end(*message["command"])}
+            else:
+                kept.append(_start(message["command"], fds))
+                out = [os.pidfd_open(kept[-1].pid)]
         except (OSError, SetupError) as error:
             reply = {"error": wire.dump_error(error)}
         finally:
@@ -111,21 +96,31 @@ def _live(launcher: socket.socket) -> NoReturn:
         wire.close_all(out)
 
 
-def _run(command: Sequence[str], answer: int) -> None:
-    reply: wire.Message = {}
-    with socket.socket(fileno=answer) as sock, contextlib.suppress(OSError):
-        try:
-            reply = {"output": run_to_its_end(*command, unless_gone=answer)}
-        except (OSError, SetupError) as error:
-            reply = {"error": wire.dump_error(error)}
-        wire.send(sock, reply)
+def run_to_its_end(*command: str) -> str:
+    """Run a command; what it wrote. Raises SetupError, with its words, when it fails, and OSError
+    when it cannot be started."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        words = done.stderr.strip() or done.stdout.strip()
+        raise SetupError(words or f"{command[0]}: exit status {done.returncode}")
+    return done.stdout
 
 
 def _start(command: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    def die_with_the_envoy() -> None:
+        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)
+
     return subprocess.Popen(
         [word.format(*fds) for word in command],
         stdin=subprocess.DEVNULL,
         pass_fds=list(fds),
         start_new_session=True,
-        preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        preexec_fn=die_with_the_envoy,
     )

@@ -4,21 +4,14 @@ answers with the like, or with work that a child does and answers for itself."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import socket as sockets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pytest_nsbox import rootfs, wire
-from pytest_nsbox.errors import (
-    ContainerDied,
-    NsboxError,
-    SetupError,
-    TeardownError,
-    UnsupportedError,
-)
-from pytest_nsbox.kernel import libc, processes
+from pytest_nsbox.errors import ContainerDied, SetupError, TeardownError, UnsupportedError
+from pytest_nsbox.kernel import processes
 from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.changes import Own, read_changes
 from pytest_nsbox.launcher.container import Container
@@ -244,32 +237,10 @@ def expose_host(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
     return {"address": found}, []
 
 
-def import_rootfs(launcher: Launcher, message: Message, fds: list[int]) -> Answer:
-    """A root filesystem whose layers are in the cache, and are the launcher's from now on; or have
-    them unpacked there, which takes its time, and say that it is to be asked for again."""
-    source, cache = str(message["source"]), launcher.layer_cache
-    found = rootfs.at_hand(source, cache, message.get("manifest"))
-    if found is not None:
-        return {"rootfs": found.to_wire()}, []
-    envoy, netns = launcher.standing.envoy, launcher.host.netns
-
-    def fetch() -> Iterator[Message]:
-        # whatever this process forks dies with it
-        die = functools.partial(processes.die_with_parent, os.getpid())
-        os.register_at_fork(after_in_child=die)
-        try:
-            if envoy is None:  # it is in the hub, from where no registry is to be seen
-                libc.setns(netns, libc.CLONE_NEWNET)
-            run = processes.run_to_its_end if envoy is None else envoy.run
-            manifest = rootfs.fetch(source, rootfs.LayerCache(cache.root), run)
-        except NsboxError:
-            raise
-        except Exception as error:
-            text = str(error) if isinstance(error, OSError) else repr(error)
-            raise SetupError(f"rootfs {source!r}: {text}") from None
-        yield {"again": {"manifest": manifest}}
-
-    return Work(fetch, [netns] if envoy is None else [envoy.fileno()])
+def import_rootfs(launcher: Launcher, message: Message, fds: list[int]) -> Reply:
+    """Unpack a root filesystem into the cache, unless it is there already."""
+    found = rootfs.resolve(str(message["source"]), launcher.layer_cache, launcher.run_outside)
+    return {"rootfs": found.to_wire()}, []
 
 
 def try_limits(launcher: Launcher, message: Message, fds: list[int]) -> Reply:

@@ -31,6 +31,7 @@ from pytest_nsbox.launcher import ledger
 from pytest_nsbox.launcher.audit import left_by_this
 from pytest_nsbox.launcher.build import Workshop, begin, finish
 from pytest_nsbox.launcher.container import Container
+from pytest_nsbox.launcher.envoy import run_to_its_end
 from pytest_nsbox.launcher.footing import Footing
 from pytest_nsbox.launcher.janitor import Janitor
 from pytest_nsbox.launcher.neighbours import Neighbours
@@ -121,6 +122,13 @@ class Launcher:
     def _begin(self, order: Order, joiners: Sequence[Joiner] | None = None) -> Container:
         self.last_id += 1
         return begin(self.last_id, order, self.workshop, joiners)
+
+    def run_outside(self, *command: str) -> str:
+        """`run_to_its_end` as whose the session is, in the host's network."""
+        if self.standing.envoy is not None:
+            return self.standing.envoy.run(*command)
+        with self.host.entered():
+            return run_to_its_end(*command)
 
     def _remove_cover(self) -> None:
         if self.workshop.cover is not None:

@@ -15,7 +15,6 @@ from pytest_nsbox import wire
 from pytest_nsbox.errors import NsboxError
 from pytest_nsbox.kernel import processes
 
-_UNTIL_KILLED = 2.0  # seconds for a child to end what it has started itself
 _DEEPEST = 5000  # directories in each other; a path of the kernel has 2,048 at most
 
 
@@ -36,7 +35,6 @@ class Work:
 
     def _work(self, answer: socket.socket) -> None:
         _make_room()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         try:
             for message in self.job():
                 wire.send(answer, message)
@@ -52,10 +50,8 @@ def _make_room() -> None:
 
 
 def stop(pid: int, pidfd: int) -> None:
-    """End a child of the launcher and reap it."""
+    """Kill a child of the launcher and reap it."""
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if not wire.is_ready(pidfd, _UNTIL_KILLED):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(pidfd)

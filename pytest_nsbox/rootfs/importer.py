@@ -26,21 +26,15 @@ from pytest_nsbox.rootfs.source import (
 Run = Callable[..., str]
 
 
-def at_hand(source: str, cache: LayerCache, manifest: str | None = None) -> Rootfs | None:
-    """The root filesystem that `source` names, its layers held by the cache; None where that takes
-    more than a look. `manifest` is what `fetch` has found.
+def resolve(source: str, cache: LayerCache, run: Run) -> Rootfs:
+    """The root filesystem that `source` names, its layers unpacked in the cache.
 
-    Raises `RootfsError` for a source that does not exist or cannot be read, or has no /bin/sh.
+    An archive that has been resolved before and has not changed is not read again. `run` runs a
+    command where registries can be reached, and returns what it wrote. Raises
+    `RootfsError` for a source that does not exist, cannot be read, or has no /bin/sh.
     """
     if is_transport(source):
-        digest = manifest or cache.manifests.get(source)
-        if digest is None:
-            return None
-        found = _recall(source, _identity_of_copy(source, digest), cache)
-        if found is not None and source.startswith(REGISTRY):
-            # it is far away, and may count how often it is asked
-            cache.manifests.setdefault(source, digest)
-        return found
+        return _copied(source, cache, run)
     kind = by_name(source)
     if kind == "host":
         return Rootfs(source=source)
@@ -48,35 +42,22 @@ def at_hand(source: str, cache: LayerCache, manifest: str | None = None) -> Root
         rootfs = Rootfs(source=source, layers=(split(source).path,))
         _require_shell(rootfs)
         return rootfs
-    return _recall(source, cache.identify(split(source)), cache)
+    return _imported(source, cache)
 
 
-def fetch(source: str, cache: LayerCache, run: Run) -> str | None:
-    """Have the layers of what is not at hand unpacked in the cache; of an image that skopeo copies
-    it returns the digest of the manifest. `run` runs a command where registries can be reached, and
-    returns what it wrote.
-
-    An archive that has been unpacked before and has not changed is not read again. Raises
-    `RootfsError` as `at_hand`.
-    """
-    if is_transport(source):
-        return _copy(source, cache, run)
+def _imported(source: str, cache: LayerCache) -> Rootfs:
     where = split(source)
-    # Taken before the archive is read: if it changes meanwhile, the next one reads it again.
+    # Taken before the archive is read: if it changes meanwhile, the next resolve reads it again.
     identity = cache.identify(where)
-    if _recall(source, identity, cache) is None:
+    known = _recall(source, identity, cache)
+    if known is None:
         with cache.scratch(f"import-{name_of(identity.key)}"):
-            if _recall(source, identity, cache) is None:
-                cache.remember(identity, _read(source, where, cache))
-    return None
-
-
-def resolve(source: str, cache: LayerCache, run: Run) -> Rootfs:
-    """Both, one after the other: for who has nothing else to do meanwhile."""
-    manifest = None
-    while (found := at_hand(source, cache, manifest)) is None:
-        manifest = fetch(source, cache, run)
-    return found
+            known = _recall(source, identity, cache)
+            if known is None:
+                known = _read(source, where, cache)
+                cache.remember(identity, known)
+                _require_shell(known)
+    return known
 
 
 def _recall(source: str, identity: Identity, cache: LayerCache) -> Rootfs | None:
@@ -105,13 +86,9 @@ def _read(source: str, where: Source, cache: LayerCache) -> Rootfs:
         return Rootfs(source=source, layers=(cache.store(part, layer, where.path),))
 
 
-def _identity_of_copy(source: str, digest: str) -> Identity:
-    key = hashlib.sha256(f"{source}\n{digest}".encode()).hexdigest()
-    return Identity(key, (source, digest, 0, 0, 0, 0))
-
-
-def _copy(source: str, cache: LayerCache, run: Run) -> str:
-    """Have skopeo copy an image, unless its manifest is the one that was copied before."""
+def _copied(source: str, cache: LayerCache, run: Run) -> Rootfs:
+    """An image that skopeo copies, unless its manifest is the one that was copied before. A
+    registry is asked for that once, as it is far away and may count how often it is asked."""
     from pytest_nsbox.rootfs.image import read_image
 
     program = require_skopeo(source)
@@ -123,18 +100,25 @@ def _copy(source: str, cache: LayerCache, run: Run) -> str:
             last = str(error).splitlines()[-1]
             raise RootfsError(f"rootfs {source!r}: {program} {command}: {last}") from None
 
-    manifest = skopeo("inspect", "--raw", source)
-    digest = hashlib.sha256(manifest.encode()).hexdigest()
-    identity = _identity_of_copy(source, digest)
-    if _recall(source, identity, cache) is not None:
-        return digest
-    with cache.scratch(f"skopeo-{name_of(identity.key)}") as part:
-        if _recall(source, identity, cache) is None:
-            layout = str(part / "image")
-            skopeo("copy", "--quiet", source, f"oci:{layout}:it")
-            rootfs = read_image(source, Source(layout, "it"), "oci-layout", cache)
-            cache.remember(identity, rootfs)
-    return digest
+    digest = cache.manifests.get(source)
+    if digest is None:
+        manifest = skopeo("inspect", "--raw", source)
+        digest = hashlib.sha256(manifest.encode()).hexdigest()
+        if source.startswith(REGISTRY):
+            cache.manifests[source] = digest
+    key = hashlib.sha256(f"{source}\n{digest}".encode()).hexdigest()
+    identity = Identity(key, (source, digest, 0, 0, 0, 0))
+    if (known := _recall(source, identity, cache)) is not None:
+        return known
+    with cache.scratch(f"skopeo-{name_of(key)}") as part:
+        if (known := _recall(source, identity, cache)) is not None:
+            return known
+        layout = str(part / "image")
+        skopeo("copy", "--quiet", source, f"oci:{layout}:it")
+        rootfs = read_image(source, Source(layout, "it"), "oci-layout", cache)
+        cache.remember(identity, rootfs)
+        _require_shell(rootfs)
+    return rootfs
 
 
 def _require_shell(rootfs: Rootfs) -> None:

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 UPLINKS = ("auto", "veth", "pasta", "slirp4netns", "none")
 _KILLED = 0.5  # seconds in which one that does not answer has been killed, if it has
-_TRIES = 5  # of layers that somebody else may remove when nobody holds them
 _TEARDOWN = 30.0  # seconds until a launcher that does not end is an error
 
 
@@ -179,10 +178,8 @@ class Session:
             )
 
     def _said(self) -> str:
-        if self._words.closed:  # by another thread
-            return ""
-        fd = self._words.fileno()
-        return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").strip()
+        self._words.seek(0)
+        return str(self._words.read().decode(errors="replace")).strip()
 
     def __enter__(self) -> Session:
         self.start()
@@ -411,13 +408,8 @@ class Session:
                 return found
         if _is_path(source):
             source = os.path.abspath(source)
-        again: dict[str, Any] = {}
-        for _ in range(_TRIES):
-            reply, _ = self.request("import_rootfs", source=source, **again)
-            if "rootfs" in reply:
-                return Rootfs.from_wire(reply["rootfs"])
-            again = reply["again"]
-        raise RootfsError(f"rootfs {source!r}: it changes, or its layers go, again and again")
+        reply, _ = self.request("import_rootfs", source=source)
+        return Rootfs.from_wire(reply["rootfs"])
 
     def describe(self) -> str:
         """One line on what this host gives, and what it lacks."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nsbox.kernel.processes import run_to_its_end
+from pytest_nsbox.launcher.envoy import run_to_its_end
 from pytest_nsbox.model.rootfs import Rootfs
 from pytest_nsbox.rootfs import LayerCache, importer
 
