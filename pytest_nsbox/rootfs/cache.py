@@ -137,9 +137,7 @@ class LayerCache:
         key = hashlib.sha256(repr(source).encode("utf-8", "surrogateescape")).hexdigest()
         return Identity(key, (*source, seen.st_size, seen.st_mtime_ns, seen.st_ino, seen.st_dev))
 
-    def recall(
-        self, identity: Identity, check: Callable[[Rootfs], object] = lambda found: None
-    ) -> Rootfs | None:
+    def recall(self, identity: Identity, check: Callable[[Rootfs], object]) -> Rootfs | None:
         """What was resolved from this archive before, if all of it is still here; `check` has a
         look at what has not been recalled lately, and may raise."""
         when, lately = self._lately.get(identity, (0.0, None))
